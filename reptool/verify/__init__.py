@@ -1,1 +1,29 @@
-""""""
+"""Proof before output: regions in float64, whole models against their own rounding noise."""
+
+from reptool.verify.endtoend import (
+    FROM_ORIGINAL,
+    FROM_STORED,
+    check_end_to_end,
+    compare,
+    inputs_for,
+    verify_models,
+)
+from reptool.verify.region import prove_region, stored_is_rounded
+from reptool.verify.runs import dithered_run, float64_run
+from reptool.verify.verdict import EndToEnd, RegionProof, Verdict
+
+__all__ = [
+    "FROM_ORIGINAL",
+    "FROM_STORED",
+    "EndToEnd",
+    "RegionProof",
+    "Verdict",
+    "check_end_to_end",
+    "compare",
+    "dithered_run",
+    "float64_run",
+    "inputs_for",
+    "prove_region",
+    "stored_is_rounded",
+    "verify_models",
+]

@@ -1,0 +1,127 @@
+"""Branches that read the same input as one operator: their sum, or their concatenation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from reptool.affine.lower import block_diagonal
+from reptool.affine.operators import Conv, Refusal, Scale
+
+
+def add_scales(one: Scale, other: Scale) -> Scale | Refusal:
+    """The sum of two scales is a scale.
+
+    Law:      (g1 x + s1) + (g2 x + s2) == (g1 + g2) x + (s1 + s2)
+    Refuses:  different channel axes
+    """
+    if one.axis != other.axis:
+        return Refusal("the two scales act on different axes")
+    return Scale(one.gain + other.gain, _sum(one.shift, other.shift), one.axis)
+
+
+def add_convs(one: Conv, other: Conv) -> Conv | Refusal:
+    """The sum of two convolutions whose outputs line up is one convolution.
+
+    Law:      one(x) + other(x) == merged(x)
+    Shapes:   each kernel is embedded at its offset in a common window, on a common grid of taps
+    Refuses:  different strides, output sizes or channel counts; two borders that differ in kind
+    Source:   Ding et al. 2021, Diverse Branch Block, transforms II and VI; Ding et al. 2019, ACNet (the crop)
+    """
+    if one.out_channels != other.out_channels:
+        return Refusal(f"{one.out_channels} and {other.out_channels} output channels cannot be added")
+    aligned = align(one, other)
+    if isinstance(aligned, Refusal):
+        return aligned
+    one, other = aligned
+    return replace(one, kernel=one.kernel + other.kernel, bias=_sum(one.bias, other.bias))
+
+
+def stack_convs(one: Conv, other: Conv) -> Conv | Refusal:
+    """Two convolutions of the same input, concatenated on the channels, are one convolution.
+
+    Law:      cat(one(x), other(x)) == merged(x)
+    Refuses:  what ``add_convs`` refuses of geometry; groups, whose outputs would interleave
+    Source:   Ding et al. 2021, Diverse Branch Block, transform IV
+    """
+    if one.groups > 1 or other.groups > 1:
+        return Refusal("a concatenation of grouped convolutions has its groups in another order")
+    aligned = align(one, other)
+    if isinstance(aligned, Refusal):
+        return aligned
+    one, other = aligned
+    bias = None
+    if one.bias is not None or other.bias is not None:
+        bias = torch.cat([_full_bias(one), _full_bias(other)])
+    return replace(one, kernel=torch.cat([one.kernel, other.kernel]), bias=bias)
+
+
+def align(one: Conv, other: Conv) -> tuple[Conv, Conv] | Refusal:
+    """Both convolutions with the same window, dilation, padding and groups, if their outputs line up everywhere."""
+    refusal = _misfit(one, other)
+    if refusal is not None:
+        return refusal
+    groups = gcd(one.groups, other.groups)
+    mode = one.padding_mode if one.pads else other.padding_mode if other.pads else "zeros"
+    geometry = [_axis(one, other, a) for a in range(one.rank)]
+    one, other = (replace(_embed(block_diagonal(c, groups), geometry), padding_mode=mode) for c in (one, other))
+    return one, other
+
+
+def _misfit(one: Conv, other: Conv) -> Refusal | None:
+    """Why two convolutions cannot be laid over each other."""
+    if one.rank != other.rank or one.in_channels != other.in_channels:
+        return Refusal(
+            f"one reads {one.in_channels} channels with {one.rank} window axes, "
+            f"the other {other.in_channels} with {other.rank}"
+        )
+    if one.stride != other.stride:
+        return Refusal(f"strides {one.stride} and {other.stride} differ")
+    if _excess(one) != _excess(other):
+        return Refusal("their output sizes differ")
+    if one.pads and other.pads and one.padding_mode != other.padding_mode:
+        return Refusal(f"a {one.padding_mode} border cannot be added to a {other.padding_mode} border")
+    return None
+
+
+def _excess(conv: Conv) -> tuple[int, ...]:
+    """Border minus reach per axis: with the stride it fixes the output size for every input size."""
+    return tuple(a + b - r for (a, b), r in zip(conv.padding, conv.reach, strict=True))
+
+
+def _axis(one: Conv, other: Conv, a: int) -> tuple[int, int, int, int]:
+    """First tap's offset, spacing, number of taps and excess of the common window on one axis."""
+    starts = [-c.padding[a][0] for c in (one, other)]
+    start = min(starts)
+    end = max(s + c.reach[a] - 1 for s, c in zip(starts, (one, other), strict=True))
+    steps = [c.dilation[a] if c.window[a] > 1 else 0 for c in (one, other)]
+    grid = gcd(*steps, starts[0] - starts[1]) or 1
+    return start, grid, (end - start) // grid + 1, _excess(one)[a]
+
+
+def _embed(conv: Conv, geometry: list[tuple[int, int, int, int]]) -> Conv:
+    """A convolution in a larger window, zeros around its taps."""
+    kernel = conv.kernel.new_zeros(*conv.kernel.shape[:2], *(taps for _, _, taps, _ in geometry))
+    at = [slice(None), slice(None)]
+    for axis, (start, grid, _, _) in enumerate(geometry):
+        first = (-conv.padding[axis][0] - start) // grid
+        step = max(conv.dilation[axis] // grid, 1) if conv.window[axis] > 1 else 1
+        at.append(slice(first, first + (conv.window[axis] - 1) * step + 1, step))
+    kernel[tuple(at)] = conv.kernel
+    padding = tuple((-start, excess + grid * (taps - 1) + 1 + start) for start, grid, taps, excess in geometry)
+    dilation = tuple(grid for _, grid, _, _ in geometry)
+    return replace(conv, kernel=kernel, padding=padding, dilation=dilation)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum, where None is zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _full_bias(conv: Conv) -> Tensor:
+    return conv.kernel.new_zeros(conv.out_channels) if conv.bias is None else conv.bias

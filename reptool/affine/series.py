@@ -1,0 +1,146 @@
+"""Two operators in a row as one: ``merged(x) == then(first(x))``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from reptool.affine.lower import block_diagonal
+from reptool.affine.operators import Conv, Pads, Refusal, Scale
+
+
+def scale_then_scale(first: Scale, then: Scale) -> Scale | Refusal:
+    """Two scales are one.
+
+    Law:      g2 (g1 x + s1) + s2 == (g2 g1) x + (g2 s1 + s2)
+    Refuses:  different channel axes
+    """
+    if first.axis != then.axis:
+        return Refusal("the two scales act on different axes")
+    return Scale(then.gain * first.gain, _plus(_times(first.shift, then.gain), then.shift), first.axis)
+
+
+def conv_then_scale(first: Conv, then: Scale) -> Conv | Refusal:
+    """A scale folds into the convolution before it, whatever that convolution's geometry.
+
+    Law:      gain (K x + b) + shift == (gain K) x + (gain b + shift)
+    Refuses:  a scale on another axis than the convolution's channels, such as Linear + BatchNorm1d on (n, l, c)
+    Source:   Ding et al. 2021, Diverse Branch Block, transform I
+    """
+    if (then.axis == -1) != (first.rank == 0):
+        return Refusal("the scale acts on another axis than the convolution's output channels")
+    kernel = first.kernel * then.gain.reshape(-1, *[1] * (first.kernel.dim() - 1))
+    return replace(first, kernel=kernel, bias=_plus(_times(first.bias, then.gain), then.shift))
+
+
+def scale_then_conv(first: Scale, then: Conv) -> Conv | Refusal:
+    """A scale folds into the convolution after it, unless its shift would miss a zero border.
+
+    Law:      K (gain x + shift) + b == (K gain) x + (K shift + b)
+    Refuses:  another axis; a shift in front of a zero border
+    """
+    if (first.axis == -1) != (then.rank == 0):
+        return Refusal("the scale acts on another axis than the convolution's input channels")
+    if first.shift is not None and then.pads and then.padding_mode == "zeros":
+        return Refusal("the zero border of the convolution would miss the shift in front of it")
+    gain = first.gain.reshape(then.groups, 1, -1, *[1] * then.rank)
+    kernel = (_by_group(then.kernel, then.groups) * gain).flatten(0, 1)
+    return replace(then, kernel=kernel, bias=_plus(_through(then, first.shift), then.bias))
+
+
+def conv_then_conv(first: Conv, then: Conv) -> Conv | Refusal:
+    """Two convolutions without anything between them are one; its window is the sum of theirs.
+
+    Law:      then(first(x)) == merged(x)
+    Shapes:   (m, i, *k1), (o, m, *k2)  ->  (o, i, *k1 + stride1 (k2 - 1)) on a common grid of taps; strides multiply
+    Refuses:  a border between them, unless the first is pointwise and what it makes of the border is that border
+    Exact:    over the reals
+    Source:   Ding et al. 2021, Diverse Branch Block, transform III; Guo et al. 2020, ExpandNets
+    """
+    if first.rank != then.rank:
+        return Refusal(f"a convolution with {first.rank} window axes before one with {then.rank}")
+    padding = _padding(first, then)
+    if isinstance(padding, Refusal):
+        return padding
+    groups = gcd(first.groups, then.groups)
+    dilation = _grid(first, then)
+    mode = first.padding_mode if first.pads else then.padding_mode
+    return Conv(
+        _compose(block_diagonal(first, groups), block_diagonal(then, groups), dilation),
+        _plus(_through(then, first.bias), then.bias),
+        tuple(a * b for a, b in zip(first.stride, then.stride, strict=True)),
+        padding,
+        dilation,
+        groups,
+        mode if first.pads or then.pads else "zeros",
+    )
+
+
+def _padding(first: Conv, then: Conv) -> Pads | Refusal:
+    """The border of the merged convolution, or why there is none."""
+    if then.pads:
+        if any(k > 1 for k in first.window) or any(s > 1 for s in first.stride):
+            return Refusal("a border between two convolutions, the first of which is not pointwise")
+        copies = then.padding_mode != "zeros"
+        if first.bias is not None and not copies:
+            return Refusal("the zero border of the second convolution would miss the first one's bias")
+        if copies and any(p for pair in first.padding for p in pair):
+            return Refusal(f"a {then.padding_mode} border around another border")
+        if first.pads and first.padding_mode != "zeros":
+            return Refusal(f"a zero border around a {first.padding_mode} border")
+    merged: list[tuple[int, int]] = []
+    for (a, b), (c, d), stride in zip(first.padding, then.padding, first.stride, strict=True):
+        if (a < 0 < c) or (b < 0 < d):
+            return Refusal("a border around a cropped input is not the input's own")
+        merged.append((a + stride * c, b + stride * d))
+    return tuple(merged)
+
+
+def _grid(first: Conv, then: Conv) -> tuple[int, ...]:
+    """The coarsest spacing on which the taps of both lie, per axis."""
+    axes = zip(first.window, first.dilation, first.stride, then.window, then.dilation, strict=True)
+    return tuple(gcd(d1 if k1 > 1 else 0, s1 * d2 if k2 > 1 else 0) or 1 for k1, d1, s1, k2, d2 in axes)
+
+
+def _compose(first: Conv, then: Conv, grid: tuple[int, ...]) -> Tensor:
+    """The kernel of the two, accumulated over the taps of the second."""
+    groups = first.groups
+    inner, outer = _by_group(first.kernel, groups), _by_group(then.kernel, groups)
+    axes = list(zip(first.window, first.dilation, first.stride, then.window, then.dilation, grid, strict=True))
+    size = [((k1 - 1) * d1 + (k2 - 1) * s1 * d2) // g + 1 for k1, d1, s1, k2, d2, g in axes]
+    kernel = inner.new_zeros(groups, outer.shape[1], inner.shape[2], *size)
+    for tap in product(*(range(k) for k in then.window)):
+        at = [
+            slice(t * s1 * d2 // g, t * s1 * d2 // g + (k1 - 1) * d1 // g + 1, max(d1 // g, 1))
+            for t, (k1, d1, s1, _, d2, g) in zip(tap, axes, strict=True)
+        ]
+        kernel[(slice(None), slice(None), slice(None), *at)] += torch.einsum("gom,gmi...->goi...", outer[(..., *tap)], inner)
+    return kernel.flatten(0, 1)
+
+
+def _through(conv: Conv, constant: Tensor | None) -> Tensor | None:
+    """What a convolution makes of a constant input (i), away from any border."""
+    if constant is None:
+        return None
+    matrix = conv.kernel.sum(dim=tuple(range(2, conv.kernel.dim()))) if conv.rank else conv.kernel
+    return torch.einsum("goi,gi->go", _by_group(matrix, conv.groups), constant.reshape(conv.groups, -1)).flatten()
+
+
+def _by_group(kernel: Tensor, groups: int) -> Tensor:
+    """The kernel (o, i, *window) as (groups, o / groups, i, *window)."""
+    return kernel.reshape(groups, -1, *kernel.shape[1:])
+
+
+def _times(a: Tensor | None, b: Tensor) -> Tensor | None:
+    return None if a is None else a * b
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum, where None is zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

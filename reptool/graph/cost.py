@@ -1,0 +1,41 @@
+"""Is a rewrite worth it: one scalar, a roofline estimate in microseconds for one example batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from reptool.affine.operators import AvgPool, Conv, Identity, Operator
+
+Cost = Callable[[Operator, tuple[int, ...], tuple[int, ...]], float]
+"""(operator, input shape, output shape) -> cost; only differences matter."""
+
+_MACS = 2e4  # multiply-accumulates a microsecond: two cores of a present CPU
+_BYTES = 1e4  # bytes a microsecond
+_LAUNCH = 2.0  # microseconds a kernel
+_ITEM = 4  # bytes of a float32
+
+
+def roofline(operator: Operator, before: tuple[int, ...], after: tuple[int, ...]) -> float:
+    """Multiply-accumulates at the machine's rate, bytes moved at its bandwidth, a constant a kernel.
+
+    Units:    microseconds
+    """
+    if isinstance(operator, Identity):
+        return 0.0
+    weights, taps = 0, 1
+    if isinstance(operator, Conv):
+        weights = operator.kernel.numel()
+        taps = prod(operator.kernel.shape[1:])
+    elif isinstance(operator, AvgPool):
+        taps = prod(operator.window)
+    moved = _ITEM * (prod(before) + prod(after) + weights)
+    return prod(after) * taps / _MACS + moved / _BYTES + _LAUNCH
+
+
+def addition(shape: tuple[int, ...]) -> float:
+    """Adding two tensors of this shape.
+
+    Units:    microseconds
+    """
+    return 3 * _ITEM * prod(shape) / _BYTES + _LAUNCH

@@ -1,0 +1,217 @@
+"""The end-to-end check: a model's error, in units of its own rounding noise. Never a tolerance.
+
+The reference is the float64 run of the original in eager mode; the unit is the error of copies of the deployed model
+whose weights were moved by an ulp here and there. Figures of one network say nothing about another, ratios do.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from reptool.verify.runs import dithered_run, float64_run, plain_run
+from reptool.verify.verdict import EndToEnd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Runner = "Callable[..., Any]"
+LIMIT = 2.0
+"""Accepted error over noise. Correct networks reach 1.13 in torch and 1.24 in onnxruntime."""
+RESOLUTION = 1e-3
+"""Noise above which float32 itself does not reproduce the network, and nothing is concluded."""
+INPUTS, COPIES, EXTRA_INPUTS = 8, 4, 4
+"""Inputs at the first size, dithered copies at each size, inputs at further sizes."""
+FROM_ORIGINAL, FROM_STORED = 1 / 12, 1 / 6
+"""Dither probability where the reference is the unrounded original, and where it is the stored weights."""
+_UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def compare(
+    reference64: Any, got: Any, copies: Sequence[Any], dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """The error of a result over the largest error of the copies (T), and that noise relative to the output (eps).
+
+    **Law**: ``T = RMS(got - r) / max(max_k RMS(copy_k - r), u RMS(r))``, ``eps = max_k RMS(copy_k - r) / RMS(r)``; of
+    several outputs the worst counts. T is infinite where structure, shapes or the places of NaN and infinity differ.
+    Outputs that are not floating count by the fraction of entries that differ.
+    """
+    leaves, spec = tree_flatten(reference64)
+    others = [tree_flatten(value) for value in (got, *copies)]
+    if any(other != spec for _, other in others):
+        return math.inf, math.nan
+    columns = zip(leaves, *(values for values, _ in others), strict=True)
+    figures = [_compare_leaf(r, y, noisy, _UNIT[dtype]) for r, y, *noisy in columns]
+    return max((t for t, _ in figures), default=math.inf), max((eps for _, eps in figures), default=math.nan)
+
+
+def check_end_to_end(
+    label: str, reference64: Any, got: Any, copies: Sequence[Any], dtype: torch.dtype = torch.float32
+) -> EndToEnd:
+    """One comparison, judged: accepted at T up to 2, inconclusive where the noise is above a thousandth."""
+    if detail := mismatch(reference64, got):
+        return EndToEnd(label, math.inf, math.nan, passed=False, detail=detail)
+    ratio, resolution = compare(reference64, got, copies, dtype)
+    passed = None if resolution > RESOLUTION else ratio <= LIMIT
+    return EndToEnd(label, ratio, resolution, passed, _top1(reference64, got))
+
+
+def mismatch(reference: Any, got: Any) -> str:
+    """What makes two results incomparable: their structure, a shape, or where they are not finite; or nothing."""
+    (expected, spec), (values, other) = tree_flatten(reference), tree_flatten(got)
+    if spec != other:
+        return f"{len(values)} outputs {other} instead of {len(expected)} outputs {spec}"
+    for index, (r, y) in enumerate(zip(expected, values, strict=True)):
+        if r.shape != y.shape:
+            return f"output {index} has shape {tuple(y.shape)} instead of {tuple(r.shape)}"
+        if r.is_floating_point() != y.is_floating_point():
+            return f"output {index} is {y.dtype}, the original's {r.dtype}"
+        if not _same_pattern(r, y):
+            return f"output {index} is NaN or infinite at other places"
+    return ""
+
+
+def inputs_for(shape: Sequence[int], n: int = INPUTS, seed: int = 0) -> Tensor:
+    """Seeded inputs that are not alike: noise, one with a single entry, a constant, a ramp, then noise.
+
+    **Shapes**: ``shape`` is one sample's, such as (3, h, w); the result is (n, \\*shape), float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randn(n, *shape, generator=generator)
+    entry = torch.zeros(shape)
+    entry.view(-1)[entry.numel() // 2 :: max(1, math.prod(shape[1:]))] = 4.0
+    ramp = torch.linspace(-2.0, 2.0, entry.numel()).view(tuple(shape))
+    for index, special in zip(range(1, n), (entry, torch.full(tuple(shape), 0.5), ramp), strict=False):
+        batch[index] = special
+    return batch
+
+
+def verify_models(
+    reference: nn.Module,
+    candidate: Callable[..., Any],
+    sizes: Sequence[Sequence[Any]],
+    null_model: nn.Module,
+    probability: float,
+    *,
+    seed: int = 0,
+    name: str = "torch",
+) -> list[EndToEnd]:
+    """The candidate against the float64 run of the reference, at each size.
+
+    ``null_model`` is the network in its own dtype whose dithered copies give the noise, usually the candidate itself;
+    see ``dithered_run`` for ``probability``. A single input is enough for no statistics, so at least eight (at further
+    image sizes, four) go through the candidate in batches of the size asked for.
+
+    **Shapes**: a size is the input's shape (n, \\*sample), or a tuple of such shapes for a model of several inputs.
+    """
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for size in sizes:
+        shapes = tuple(map(tuple, size)) if isinstance(size[0], (tuple, list)) else (tuple(size),)
+        groups.setdefault(tuple(shape[1:] for shape in shapes), []).append(shapes[0][0])
+    results = []
+    for index, (samples, batches) in enumerate(groups.items()):
+        least = INPUTS if index == 0 else EXTRA_INPUTS
+        count = -(-least // batches[0]) * batches[0]
+        inputs = tuple(inputs_for(s, count, seed + 1000 * index + k) for k, s in enumerate(samples))
+        group = _Group(reference, null_model, inputs, probability, seed)
+        results += [group.check(candidate, batch, name) for batch in batches]
+    return results
+
+
+class _Group:
+    """The reference and the noise at one sample size, shared by the batch sizes that are checked on it."""
+
+    def __init__(
+        self, reference: nn.Module, null_model: nn.Module, inputs: tuple[Tensor, ...], probability: float, seed: int
+    ) -> None:
+        self.reference, self.null_model, self.probability, self.seed = reference, null_model, probability, seed
+        self.dtype = _dtype(null_model)
+        self.inputs = tuple(x.to(self.dtype) for x in inputs)
+        self.whole = self._compute(len(inputs[0]))
+
+    def check(self, candidate: Callable[..., Any], batch: int, name: str) -> EndToEnd:
+        """The candidate in batches of one size."""
+        label = f"{name}, batch {batch}, {'x'.join(map(str, self.inputs[0].shape[2:] or self.inputs[0].shape[1:]))}"
+        count = len(self.inputs[0])
+        run = candidate if not isinstance(candidate, nn.Module) else lambda *x: plain_run(candidate, x)
+        try:
+            got = in_batches(lambda x: run(*x), self.inputs, batch)
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises, the model did not run
+            detail = f"it did not run: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}"
+            return EndToEnd(label, math.inf, math.nan, passed=False, detail=detail)
+        result = check_end_to_end(label, self.whole[0], got, self.whole[1], self.dtype)
+        if result.passed is not False or batch == count:
+            return result
+        return check_end_to_end(label, *self._around(got, batch), self.dtype)  # unless the model mixes its batch
+
+    def _around(self, got: Any, batch: int) -> tuple[Any, Any, list[Any]]:
+        reference, copies = self._compute(batch)
+        return reference, got, copies
+
+    def _compute(self, batch: int) -> tuple[Any, list[Any]]:
+        reference = in_batches(lambda x: float64_run(self.reference, x), self.inputs, batch)
+        seeds = range(self.seed, self.seed + COPIES)
+        copies = [in_batches(partial(self._dithered, seed), self.inputs, batch) for seed in seeds]
+        return reference, copies
+
+    def _dithered(self, seed: int, x: tuple[Tensor, ...]) -> Any:
+        return dithered_run(self.null_model, x, seed, self.probability)
+
+
+def in_batches(run: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, ...], batch: int) -> Any:
+    """The results of batches of one size, joined along their first axis."""
+    if batch >= len(inputs[0]):
+        return run(inputs)
+    pieces = [run(tuple(part)) for part in zip(*(torch.split(x, batch) for x in inputs), strict=True)]
+    return tree_map(lambda *parts: torch.cat(parts), *pieces)
+
+
+def _compare_leaf(r: Tensor, y: Tensor, copies: Sequence[Tensor], unit: float) -> tuple[float, float]:
+    """T and eps of one output."""
+    if not r.is_floating_point():
+        error, noise = _rms(y != r), max((_rms(c != r) for c in copies), default=0.0)
+        return _ratio(error, noise), 0.0
+    if r.shape != y.shape or not _same_pattern(r, y):
+        return math.inf, math.nan
+    if not all(c.shape == r.shape and _same_pattern(r, c) for c in copies):
+        return math.inf, math.inf
+    finite = torch.isfinite(r)
+    r64, size = r[finite].double(), _rms(r[finite])
+    noise = max((_rms(c[finite].double() - r64) for c in copies), default=0.0)
+    return _ratio(_rms(y[finite].double() - r64), max(noise, unit * size)), _ratio(noise, size)
+
+
+def _same_pattern(a: Tensor, b: Tensor) -> bool:
+    """Whether NaN and both infinities are at the same places."""
+    return all(torch.equal(test(a), test(b)) for test in (torch.isnan, torch.isposinf, torch.isneginf))
+
+
+def _rms(values: Tensor) -> float:
+    if not values.numel():
+        return 0.0
+    return float(torch.linalg.vector_norm(values.double())) / math.sqrt(values.numel())
+
+
+def _ratio(above: float, below: float) -> float:
+    """A quotient in which nothing over nothing is nothing."""
+    if above == 0.0:
+        return 0.0
+    return above / below if below > 0.0 else math.inf
+
+
+def _top1(reference: Any, got: Any) -> float | None:
+    """The fraction of inputs whose largest score is at the same place, for a table of scores."""
+    if not isinstance(reference, Tensor) or reference.dim() != 2 or not reference.is_floating_point():
+        return None
+    return float((reference.argmax(1) == got.argmax(1)).double().mean())
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The model's floating dtype; float32 where it has no weights."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
