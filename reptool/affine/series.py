@@ -113,12 +113,13 @@ def _compose(first: Conv, then: Conv, grid: tuple[int, ...]) -> Tensor:
     axes = list(zip(first.window, first.dilation, first.stride, then.window, then.dilation, grid, strict=True))
     size = [((k1 - 1) * d1 + (k2 - 1) * s1 * d2) // g + 1 for k1, d1, s1, k2, d2, g in axes]
     kernel = inner.new_zeros(groups, outer.shape[1], inner.shape[2], *size)
-    for tap in product(*(range(k) for k in then.window)):
-        at = [
-            slice(t * s1 * d2 // g, t * s1 * d2 // g + (k1 - 1) * d1 // g + 1, max(d1 // g, 1))
-            for t, (k1, d1, s1, _, d2, g) in zip(tap, axes, strict=True)
-        ]
-        kernel[(slice(None), slice(None), slice(None), *at)] += torch.einsum("gom,gmi...->goi...", outer[(..., *tap)], inner)
+    matrices = outer.reshape(*outer.shape[:3], -1).unbind(3)
+    for matrix, tap in zip(matrices, product(*map(range, then.window)), strict=True):
+        at: tuple[slice, ...] = (slice(None),) * 3
+        for t, (k1, d1, s1, _, d2, g) in zip(tap, axes, strict=True):
+            start = t * s1 * d2 // g
+            at += (slice(start, start + (k1 - 1) * d1 // g + 1, max(d1 // g, 1)),)
+        kernel[at] += torch.einsum("gom,gmi...->goi...", matrix, inner)
     return kernel.flatten(0, 1)
 
 

@@ -21,11 +21,12 @@ MAX_RECORDS = 200_000
 _CHUNK = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _MAX_DESCRIPTOR = 24
+_DIRECTORY = 0x10  # torch would leave such a record's tensor uninitialised
 _DAMAGED = "the file is damaged, or was not written by torch.save; get it again from its source"
 
 
-def check_archive(stream: BinaryIO, path: str, size: int) -> None:
-    """Refuse an archive that ``torch.load`` would misread, or whose pickle is not plain tensors.
+def check_archive(stream: BinaryIO, path: str, size: int) -> frozenset[tuple[int, int]]:
+    """Refuse an archive that ``torch.load`` would misread, or whose pickle is not plain tensors; give the records' sizes and CRC-32.
 
     Raises: InputError naming the record; UnsafeInputError naming what the pickle asks for.
     """
@@ -44,6 +45,7 @@ def check_archive(stream: BinaryIO, path: str, size: int) -> None:
         _check_layout(stream, archive, records, path)
         _check_contents(archive, records, path)
         _check_pickle(archive, records, path)
+        return frozenset((record.file_size, record.CRC) for record in records)
 
 
 def _refuse(what: str, path: str, why: str | None = None, do: str = _DAMAGED) -> NoReturn:
@@ -64,6 +66,8 @@ def _check_records(records: list[zipfile.ZipInfo], path: str, size: int) -> None
             _refuse(f"{shown} has a path that torch.save does not write", path)
         if record.flag_bits & 0x1:
             _refuse(f"{shown} is encrypted", path)
+        if record.external_attr & _DIRECTORY or record.volume:
+            _refuse(f"{shown} is marked as a directory or as lying on another disk", path)
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             _refuse(f"{shown} is compressed, which torch.save never does", path)
     total = sum(record.file_size for record in records)

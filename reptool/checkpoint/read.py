@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import tarfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,15 +83,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         digest = _sha256(stream)
         metadata: dict[str, str] = {}
         value: Any
+        stored: frozenset[tuple[int, int]] | None = None
         if kind == "safetensors":
             value, metadata = _load_safetensors(stream, shown, size)
         else:
-            value = _load_pt(stream, shown, size, kind)
+            value, stored = _load_pt(stream, shown, size, kind)
     peeled = peel(value, shown)
     del value
     tensors = {key: tensor.detach() for key, tensor in peeled.tensors.items()}
     for key, tensor in tensors.items():
         _check_tensor(key, tensor, shown)
+    _check_loaded(tensors, stored, shown)
     return Checkpoint(
         path=Path(shown),
         tensors=tensors,
@@ -215,14 +218,24 @@ def _load_safetensors(stream: BinaryIO, path: str, size: int) -> tuple[dict[str,
     return {name: loaded[name] for name in entries}, metadata
 
 
-def _load_pt(stream: BinaryIO, path: str, size: int, kind: Format) -> Any:
+def _load_pt(stream: BinaryIO, path: str, size: int, kind: Format) -> tuple[Any, frozenset[tuple[int, int]] | None]:
     """Check what torch.save wrote, then load it."""
     if kind == "pt-zip":
-        check_archive(stream, path, size)
+        stored = check_archive(stream, path, size)
     else:
+        stored = None
         _check_legacy(stream, path, size)
     stream.seek(0)
-    return torch.load(stream, weights_only=True, map_location="cpu", mmap=False)
+    return torch.load(stream, weights_only=True, map_location="cpu", mmap=False), stored
+
+
+def _check_loaded(tensors: dict[str, torch.Tensor], stored: frozenset[tuple[int, int]] | None, path: str) -> None:
+    """Compare what torch.load read with the records' checksums: two zip readers may disagree on where a record lies."""
+    for key, tensor in tensors.items() if stored is not None else ():
+        storage = tensor.untyped_storage()
+        data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        if stored is not None and (storage.nbytes(), zlib.crc32(data)) not in stored:
+            raise InputError(f"cannot read checkpoint: tensor {key!r} is not what its record holds", at=path)
 
 
 def _check_legacy(stream: BinaryIO, path: str, size: int) -> None:

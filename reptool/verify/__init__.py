@@ -1,8 +1,7 @@
 """Proof before output: regions in float64, whole models against their own rounding noise."""
 
 from reptool.verify.endtoend import (
-    FROM_ORIGINAL,
-    FROM_STORED,
+    DITHER,
     check_end_to_end,
     compare,
     inputs_for,
@@ -13,8 +12,7 @@ from reptool.verify.runs import dithered_run, float64_run
 from reptool.verify.verdict import EndToEnd, RegionProof, Verdict
 
 __all__ = [
-    "FROM_ORIGINAL",
-    "FROM_STORED",
+    "DITHER",
     "EndToEnd",
     "RegionProof",
     "Verdict",

@@ -20,43 +20,54 @@ from reptool.verify.verdict import EndToEnd
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Runner = "Callable[..., Any]"
 LIMIT = 2.0
-"""Accepted error over noise. Correct networks reach 1.13 in torch and 1.24 in onnxruntime."""
+"""Accepted error over noise; correct networks reach 1.5, in torch and in onnxruntime."""
 RESOLUTION = 1e-3
 """Noise above which float32 itself does not reproduce the network, and nothing is concluded."""
 INPUTS, COPIES, EXTRA_INPUTS = 8, 4, 4
 """Inputs at the first size, dithered copies at each size, inputs at further sizes."""
-FROM_ORIGINAL, FROM_STORED = 1 / 12, 1 / 6
-"""Dither probability where the reference is the unrounded original, and where it is the stored weights."""
+DITHER = 1 / 6
+"""The probability that gives a copy's weights the error variance of a stochastic rounding, 1/6 ulp^2."""
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def compare(
-    reference64: Any, got: Any, copies: Sequence[Any], dtype: torch.dtype = torch.float32
+    reference64: Any,
+    got: Any,
+    copies: Sequence[Any],
+    dtype: torch.dtype = torch.float32,
+    centre: Any = None,
 ) -> tuple[float, float]:
     """The error of a result over the largest error of the copies (T), and that noise relative to the output (eps).
 
-    **Law**: ``T = RMS(got - r) / max(max_k RMS(copy_k - r), u RMS(r))``, ``eps = max_k RMS(copy_k - r) / RMS(r)``; of
+    ``centre`` is the float64 run of the model the copies were made of. It is the reference only if that model is the
+    original: measured against the reference, the copies of a faulty model would all carry its fault, and T would be 1.
+
+    **Law**: ``T = RMS(got - r) / max(max_k RMS(copy_k - c), u RMS(r))``, ``eps = max_k RMS(copy_k - c) / RMS(r)``; of
     several outputs the worst counts. T is infinite where structure, shapes or the places of NaN and infinity differ.
     Outputs that are not floating count by the fraction of entries that differ.
     """
     leaves, spec = tree_flatten(reference64)
-    others = [tree_flatten(value) for value in (got, *copies)]
+    others = [tree_flatten(value) for value in (got, reference64 if centre is None else centre, *copies)]
     if any(other != spec for _, other in others):
         return math.inf, math.nan
     columns = zip(leaves, *(values for values, _ in others), strict=True)
-    figures = [_compare_leaf(r, y, noisy, _UNIT[dtype]) for r, y, *noisy in columns]
+    figures = [_compare_leaf(r, y, c, noisy, _UNIT[dtype]) for r, y, c, *noisy in columns]
     return max((t for t, _ in figures), default=math.inf), max((eps for _, eps in figures), default=math.nan)
 
 
 def check_end_to_end(
-    label: str, reference64: Any, got: Any, copies: Sequence[Any], dtype: torch.dtype = torch.float32
+    label: str,
+    reference64: Any,
+    got: Any,
+    copies: Sequence[Any],
+    dtype: torch.dtype = torch.float32,
+    centre: Any = None,
 ) -> EndToEnd:
     """One comparison, judged: accepted at T up to 2, inconclusive where the noise is above a thousandth."""
     if detail := mismatch(reference64, got):
         return EndToEnd(label, math.inf, math.nan, passed=False, detail=detail)
-    ratio, resolution = compare(reference64, got, copies, dtype)
+    ratio, resolution = compare(reference64, got, copies, dtype, centre)
     passed = None if resolution > RESOLUTION else ratio <= LIMIT
     return EndToEnd(label, ratio, resolution, passed, _top1(reference64, got))
 
@@ -96,15 +107,15 @@ def verify_models(
     candidate: Callable[..., Any],
     sizes: Sequence[Sequence[Any]],
     null_model: nn.Module,
-    probability: float,
+    probability: float = DITHER,
     *,
     seed: int = 0,
     name: str = "torch",
 ) -> list[EndToEnd]:
     """The candidate against the float64 run of the reference, at each size.
 
-    ``null_model`` is the network in its own dtype whose dithered copies give the noise, usually the candidate itself;
-    see ``dithered_run`` for ``probability``. A single input is enough for no statistics, so at least eight (at further
+    ``null_model`` is the network whose dithered copies, around its own float64 run, give the noise: the fused network
+    as torch runs it. A single input is enough for no statistics, so at least eight (at further
     image sizes, four) go through the candidate in batches of the size asked for.
 
     **Shapes**: a size is the input's shape (n, \\*sample), or a tuple of such shapes for a model of several inputs.
@@ -136,31 +147,36 @@ class _Group:
 
     def check(self, candidate: Callable[..., Any], batch: int, name: str) -> EndToEnd:
         """The candidate in batches of one size."""
-        label = f"{name}, batch {batch}, {'x'.join(map(str, self.inputs[0].shape[2:] or self.inputs[0].shape[1:]))}"
-        count = len(self.inputs[0])
-        run = candidate if not isinstance(candidate, nn.Module) else lambda *x: plain_run(candidate, x)
+        sample = self.inputs[0].shape[2:] or self.inputs[0].shape[1:]
+        label = f"{name}, batch {batch}, {'x'.join(map(str, sample))}"
         try:
-            got = in_batches(lambda x: run(*x), self.inputs, batch)
+            got = in_batches(lambda x: _run(candidate, x), self.inputs, batch)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises, the model did not run
-            detail = f"it did not run: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}"
+            detail = f"it did not run: {(str(error).strip() or repr(error)).splitlines()[0]}"
             return EndToEnd(label, math.inf, math.nan, passed=False, detail=detail)
-        result = check_end_to_end(label, self.whole[0], got, self.whole[1], self.dtype)
-        if result.passed is not False or batch == count:
+        result = self._judge(label, got, self.whole)
+        if result.passed is not False or batch >= len(self.inputs[0]):
             return result
-        return check_end_to_end(label, *self._around(got, batch), self.dtype)  # unless the model mixes its batch
+        return self._judge(label, got, self._compute(batch))  # a model may mix its batch: compare like with like
 
-    def _around(self, got: Any, batch: int) -> tuple[Any, Any, list[Any]]:
-        reference, copies = self._compute(batch)
-        return reference, got, copies
+    def _judge(self, label: str, got: Any, runs: tuple[Any, Any, list[Any]]) -> EndToEnd:
+        reference, centre, copies = runs
+        return check_end_to_end(label, reference, got, copies, self.dtype, centre)
 
-    def _compute(self, batch: int) -> tuple[Any, list[Any]]:
-        reference = in_batches(lambda x: float64_run(self.reference, x), self.inputs, batch)
+    def _compute(self, batch: int) -> tuple[Any, Any, list[Any]]:
+        """The reference, the centre of the copies and the copies, in batches of one size."""
+        reference = in_batches(partial(float64_run, self.reference), self.inputs, batch)
+        same = self.null_model is self.reference
+        centre = reference if same else in_batches(partial(float64_run, self.null_model), self.inputs, batch)
         seeds = range(self.seed, self.seed + COPIES)
-        copies = [in_batches(partial(self._dithered, seed), self.inputs, batch) for seed in seeds]
-        return reference, copies
+        return reference, centre, [in_batches(partial(self._dithered, seed), self.inputs, batch) for seed in seeds]
 
     def _dithered(self, seed: int, x: tuple[Tensor, ...]) -> Any:
         return dithered_run(self.null_model, x, seed, self.probability)
+
+
+def _run(candidate: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+    return plain_run(candidate, inputs) if isinstance(candidate, nn.Module) else candidate(*inputs)
 
 
 def in_batches(run: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, ...], batch: int) -> Any:
@@ -171,19 +187,19 @@ def in_batches(run: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, .
     return tree_map(lambda *parts: torch.cat(parts), *pieces)
 
 
-def _compare_leaf(r: Tensor, y: Tensor, copies: Sequence[Tensor], unit: float) -> tuple[float, float]:
+def _compare_leaf(r: Tensor, y: Tensor, c: Tensor, copies: Sequence[Tensor], unit: float) -> tuple[float, float]:
     """T and eps of one output."""
     if not r.is_floating_point():
-        error, noise = _rms(y != r), max((_rms(c != r) for c in copies), default=0.0)
+        error, noise = _rms(y != r), max((_rms(copy != c) for copy in copies), default=0.0)
         return _ratio(error, noise), 0.0
     if r.shape != y.shape or not _same_pattern(r, y):
         return math.inf, math.nan
-    if not all(c.shape == r.shape and _same_pattern(r, c) for c in copies):
+    if not all(copy.shape == c.shape and _same_pattern(c, copy) for copy in copies):
         return math.inf, math.inf
-    finite = torch.isfinite(r)
-    r64, size = r[finite].double(), _rms(r[finite])
-    noise = max((_rms(c[finite].double() - r64) for c in copies), default=0.0)
-    return _ratio(_rms(y[finite].double() - r64), max(noise, unit * size)), _ratio(noise, size)
+    finite, around = torch.isfinite(r), torch.isfinite(c)
+    size = _rms(r[finite])
+    noise = max((_rms(copy[around].double() - c[around].double()) for copy in copies), default=0.0)
+    return _ratio(_rms(y[finite].double() - r[finite].double()), max(noise, unit * size)), _ratio(noise, size)
 
 
 def _same_pattern(a: Tensor, b: Tensor) -> bool:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Inputs = Tensor | tuple[Tensor, ...]
-Change = "Callable[[str, Tensor], Tensor]"
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -46,9 +45,10 @@ def dithered_run(model: nn.Module, x: Inputs, seed: int, probability: float) -> 
 
     The same seed always moves the same weights, whatever the order they are used in; up and down are equally likely.
 
-    **Law**: a stochastic rounding of the exact weight has error variance 1/6 ulp^2. A stored weight already carries
-    1/12 ulp^2 against the exact one, so a probability of 1/12 gives the copies that noise where the reference is the
-    unrounded original, and 1/6 where the reference is the stored weights themselves. Zero and non-finite weights stay.
+    **Law**: a stochastic rounding of an exact weight has error variance 1/6 ulp^2, and so has a move by one ulp with
+    probability 1/6. That is the noise of a copy around the float64 run of the stored weights. A stored weight carries
+    1/12 ulp^2 against the exact one itself, so copies held to the unrounded original would take 1/12. Zero and
+    non-finite weights stay.
     """
     return _run_changed(model, x, lambda path, tensor: _dither(tensor, crc32(f"{seed}/{path}".encode()), probability))
 

@@ -212,6 +212,15 @@ def test_archives_torch_never_writes_are_refused(tmp_path):
     refused(tmp_path / "good.pt", InputError, "comment")
 
 
+def test_a_record_marked_as_directory_is_refused(tmp_path):
+    """Such a record would leave its tensor uninitialised: torch.load reads the name and not the bytes."""
+    path = archive(tmp_path / "c.pt", tensor_pickle())
+    with zipfile.ZipFile(path, "a") as target:
+        target.getinfo("c/data/0").external_attr |= 0x10
+        target._didModify = True
+    refused(path, InputError, "'c/data/0' is marked as a directory")
+
+
 def test_programs_are_refused_as_programs(tmp_path):
     """TorchScript and exported archives are recognised, never run."""
     write_raw(tmp_path / "ts.pt", [("m/constants.pkl", b"."), ("m/data.pkl", b"."), ("m/code/__torch__.py", b"")])
@@ -337,3 +346,11 @@ def test_unknown_exceptions_become_one_clean_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "load", broken)
     refused(tmp_path / "c.pt", InputError, "KeyError", "inside")
+
+
+def test_what_was_loaded_is_compared_with_the_records(tmp_path, monkeypatch):
+    """A library that reads other bytes than were checked is noticed."""
+    torch.save(STATE, tmp_path / "c.pt")
+    assert read_checkpoint(tmp_path / "c.pt").tensors
+    monkeypatch.setattr(torch, "load", lambda *_args, **_options: {**STATE, "a.bias": STATE["a.bias"] + 1})
+    refused(tmp_path / "c.pt", InputError, "'a.bias' is not what its record holds")

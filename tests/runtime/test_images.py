@@ -223,6 +223,13 @@ def test_short_side_is_resized_then_the_centre_cropped():
     assert not np.array_equal(found, other)
 
 
+def test_resize_takes_whole_pixels():
+    """7 / 0.9 is resized to 7 pixels, not to 8, as is customary: at that size nothing is resampled."""
+    values = np.random.default_rng(0).integers(0, 256, (7, 7, 3), np.uint8)
+    found = Preprocess((7, 7), PLAIN.mean, PLAIN.std, "bilinear", 0.9)(Image.fromarray(values))
+    assert np.array_equal(found, values.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+
+
 def test_height_comes_first():
     """A size that is not square is height by width and is covered whole."""
     assert Preprocess((4, 8), PLAIN.mean, PLAIN.std)(Image.new("RGB", (30, 30))).shape == (3, 4, 8)

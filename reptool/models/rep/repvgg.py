@@ -10,7 +10,7 @@ Differences from the official code: see ``DIFFERENCES``, which every card carrie
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,17 @@ def _register(variant: str) -> ModelCard:
 
     return card
 
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"repvgg_{name}": {
+        "num_blocks": depths,
+        "widths": _widths(wide, last),
+        "groups": groups,
+        "squeeze_excite": name.endswith("se"),
+    }
+    for name, (depths, wide, last, groups, *_) in _VARIANTS.items()
+}
+"""The published variants, as arguments of ``RepVGG``."""
 
 _CARDS = {variant: _register(variant) for variant in _VARIANTS}
 register("repvgg", "repvgg", _CARDS["a0"])(RepVGG)

@@ -1,0 +1,277 @@
+"""Whole networks of the zoo, recognised from the keys and shapes of a state_dict.
+
+An architecture knows how its key names differ between implementations and how its constructor's arguments follow from
+the shapes. What it infers is then held against the network itself: every key and shape must fit, or the file is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reptool.checkpoint.recipes import RECIPES, blocks, merged_blocks, replaced_keys
+from reptool.errors import InputError, UnknownModelError
+from reptool.models import create_model, list_models
+from reptool.models.rep.repvgg import VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a state_dict is: the network and its arguments, whose key names it has, and its form."""
+
+    model: str
+    arguments: dict[str, Any]
+    implementation: str
+    form: str
+    renamed: dict[str, str] = field(repr=False, default_factory=dict)
+    dropped: tuple[str, ...] = field(repr=False, default=())
+
+    @property
+    def num_classes(self) -> int:
+        """Entries of the classifier."""
+        return int(self.arguments["num_classes"])
+
+    def build(self) -> nn.Module:
+        """The network in training form, without weights (on the meta device)."""
+        return _on_meta(self.model, self.arguments)
+
+
+_TIMM = (
+    (r"^stem\.", "stage0."),
+    (r"^stages\.(\d+)\.", lambda m: f"stage{int(m[1]) + 1}."),
+    (r"(^|\.)conv_kxk\.", r"\1rbr_dense."),
+    (r"(^|\.)conv_1x1\.", r"\1rbr_1x1."),
+    (r"(^|\.)identity\.", r"\1rbr_identity."),
+    (r"(^|\.)reparam_conv\.", r"\1rbr_reparam."),
+    (r"(^|\.)attn\.fc1\.", r"\1se.down."),
+    (r"(^|\.)attn\.fc2\.", r"\1se.up."),
+    (r"^head\.fc\.", "linear."),
+)
+
+
+def _official_name(key: str) -> str:
+    """A timm RepVGG key under its official name."""
+    for pattern, replacement in _TIMM:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _repvgg(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    layers = _convs(shapes, r"(stage\d)(?:\.(\d+))?\.(?:rbr_dense\.conv|rbr_reparam)\.weight")
+    depths = tuple(sum(1 for stage, _ in layers if stage == f"stage{s}") for s in range(1, 5))
+    widths = tuple(layers[f"stage{s}", "0" if s else None][0] for s in range(5))
+    before, groups = 3, {}
+    for index, shape in enumerate(layers.values()):
+        if before != shape[1]:
+            groups[index] = before // shape[1]
+        before = shape[0]
+    arguments: dict[str, Any] = {
+        "num_blocks": depths,
+        "widths": widths,
+        "groups": max(groups.values(), default=1),
+        "squeeze_excite": any(".se." in k for k in shapes),
+    }
+    name = next((n for n, a in VARIANTS.items() if a == arguments), "repvgg")
+    if name == "repvgg" and groups:
+        arguments["grouped_layers"] = tuple(groups)
+    return name, ({} if name != "repvgg" else arguments)
+
+
+def _repvggplus(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    layers = _convs(shapes, r"(stage\w+?)(?:\.blocks\.(\d+))?\.(?:rbr_dense\.conv|rbr_reparam)\.weight")
+    stages = ("stage1", "stage2", "stage3_first", "stage3_second", "stage4")
+    one, two, half, rest, four = (sum(1 for stage, _ in layers if stage == s) for s in stages)
+    widths = (layers["stage0", None][0], *(layers[s, "0"][0] for s in ("stage1", "stage2", "stage3_first", "stage4")))
+    depths = (one, two, half + rest, four)
+    heads = any(k.startswith("stage1_aux.") for k in shapes)
+    published = depths == (8, 14, 24, 1) and widths == (64, 160, 320, 640, 2560)
+    arguments: dict[str, Any] = {"auxiliary_heads": heads}
+    if not published:
+        excite = any("post_se" in k for k in shapes)
+        arguments |= {"num_blocks": depths, "widths": widths, "squeeze_excite": excite}
+    return "repvggplus_l2pse" if published else "repvggplus", arguments
+
+
+def _cifarquick(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    layers = _convs(shapes, r"conv(\d)\.acb()\.(?:square|fused)_conv\.weight")
+    return "acnet_cifarquick", {"widths": tuple(s[0] for s in layers.values())}
+
+
+def _vgg16(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    layers = _convs(shapes, r"stem\.conv(\d+)\.acb()\.(?:square|fused)_conv\.weight")
+    return "acnet_vgg16", {"widths": tuple(s[0] for s in layers.values())}
+
+
+def _cifar_resnet(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    layers = _convs(shapes, r"stage(\d)\.block(\d+)\.conv2\.(?:square|fused)_conv\.weight")
+    return "acnet_resnet56", _residual(layers, 3)
+
+
+def _resnet18(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    layers = _convs(shapes, r"stage(\d)\.(\d+)\.conv2\.(?:square|fused)_conv\.weight")
+    return "acnet_resnet18", _residual(layers, 4)
+
+
+def _residual(layers: dict[tuple[str, str | None], tuple[int, ...]], stages: int) -> dict[str, Any]:
+    numbers = [str(s) for s in range(1, stages + 1)]
+    depths = tuple(sum(1 for stage, _ in layers if stage == s) for s in numbers)
+    return {"num_blocks": depths, "widths": tuple(layers[s, "0"][0] for s in numbers)}
+
+
+def _convs(shapes: Shapes, pattern: str) -> dict[tuple[str, str | None], tuple[int, ...]]:
+    """The kernels whose keys match, by the pattern's two groups, in key order."""
+    found = ((re.fullmatch(pattern, k), s) for k, s in shapes.items())
+    return {(m[1], m[2]): s for m, s in found if m}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of networks: the keys that betray it, in the official names, and how to infer its arguments."""
+
+    mark: str
+    infer: Callable[[Shapes], tuple[str, dict[str, Any]]]
+    classifier: str
+    training_only: str = ""
+
+
+ARCHITECTURES = (
+    Architecture(r"stage1\.blocks\.0\.rbr_\w+\.", _repvggplus, "linear", r"stage\w+_aux\."),
+    Architecture(r"stage1\.0\.rbr_\w+\.", _repvgg, "linear"),
+    Architecture(r"stem\.conv1\.acb\.(square|fused)_conv\.", _vgg16, "linear2"),
+    Architecture(r"conv1\.acb\.(square|fused)_conv\.", _cifarquick, "fc2"),
+    Architecture(r"stage1\.conv1\.(square|fused)_conv\.", _cifar_resnet, "linear"),
+    Architecture(r"stage1\.0\.conv1\.acb\.(square|fused)_conv\.", _resnet18, "linear"),
+)
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], model: str | None = None) -> Recognition:
+    """The network a state_dict belongs to, from its keys and shapes; ``model`` overrides the network's name.
+
+    Raises:  UnknownModelError if nothing known has such keys; InputError if keys are missing, unexpected or of another
+             shape than the network's
+    """
+    timm = any(re.search(r"(^|\.)(conv_kxk|reparam_conv)\.", k) for k in shapes)
+    renamed = {_official_name(k) if timm else k: k for k in shapes}
+    official: Shapes = {new: tuple(shapes[old]) for new, old in renamed.items()}
+    known = next((a for a in ARCHITECTURES if any(re.match(a.mark, k) for k in official)), None)
+    if known is None and model is None:
+        raise _unknown(official)
+    name, arguments = _inferred(known, official, model)
+    training = bool(next(blocks(official), None))
+    deploy = bool(next(merged_blocks(official), None))
+    form = "mixed" if training and deploy else "deploy" if deploy else "training"
+    dropped = tuple(old for new, old in renamed.items() if known and known.training_only and re.match(known.training_only, new))
+    result = Recognition(name, arguments, "timm" if timm else "official", form, renamed, dropped)
+    _hold(result, official)
+    return result
+
+
+def _inferred(known: Architecture | None, official: Shapes, model: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and arguments: inferred where the keys allow it, checked against a name the user gave."""
+    if known is None:
+        return str(model), {}
+    try:
+        name, arguments = known.infer(official)
+        arguments["num_classes"] = official[f"{known.classifier}.weight"][0]
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        if model is None:
+            raise InputError(
+                "the checkpoint is incomplete: a layer its network must have is missing",
+                at=str(error).strip("'\"()"),
+                why="the keys are those of a known family, but not all of them are there",
+                do="use the whole state_dict, or name the network with -m",
+            ) from error
+        return model, {}
+    if model is None or model == name:
+        return name, arguments
+    return model, {"num_classes": arguments["num_classes"]}
+
+
+def _hold(found: Recognition, official: Shapes) -> None:
+    """Raise unless the keys and shapes are exactly the network's, in the form that was found."""
+    expected: Shapes = {k: tuple(v.shape) for k, v in found.build().state_dict().items()}
+    counters = [k for k in expected if k.endswith("num_batches_tracked")]
+    if found.form != "training":
+        expected = deployed_shapes(expected, official)
+    given = {k: s for k, s in official.items() if not k.endswith("num_batches_tracked")}
+    wanted = {k: s for k, s in expected.items() if k not in counters}
+    if given == wanted:
+        return
+    missing = [k for k in wanted if k not in given]
+    unexpected = [k for k in given if k not in wanted]
+    shapes = [f"{k} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
+    raise InputError(
+        f"the checkpoint is not a {found.model}: {len(missing)} keys missing, {len(unexpected)} unexpected, "
+        f"{len(shapes)} of another shape",
+        at="; ".join(
+            part
+            for part in (_some("missing", missing), _some("unexpected", unexpected), _some("shapes", shapes))
+            if part
+        ),
+        why="a network that does not have exactly these weights would compute something else",
+        do="check the file, or name its network with -m",
+    )
+
+
+def _some(label: str, items: list[str]) -> str:
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return f"{label}: {', '.join(items[:5])}{more}" if items else ""
+
+
+def deployed_shapes(expected: Shapes, given: Shapes | None = None) -> Shapes:
+    """The shapes of a network's deploy form: every block's branches replaced by its fused convolution.
+
+    With ``given``, only the blocks that stand there fused.
+    """
+    result = dict(expected)
+    for prefix, recipe in blocks(expected):
+        name = f"{prefix}{recipe.merged}"
+        if given is not None and f"{name}.weight" not in given:
+            continue
+        kernel = expected[f"{prefix}{recipe.branches[0].conv}.weight"]
+        for key in replaced_keys(expected, prefix, recipe):
+            del result[key]
+        result |= {f"{name}.weight": kernel, f"{name}.bias": kernel[:1]}
+    return result
+
+
+def _unknown(official: Shapes) -> UnknownModelError:
+    """The error for keys of no known network, with the nearest one and how it differs."""
+    keys = [k for k in official if not k.endswith("num_batches_tracked")]
+    candidates = {n: _keys_of(n) for n in ("repvgg_a0", "repvggplus_l2pse", *list_models("acnet"))}
+    ranked = {n: len(set(keys) & set(c)) for n, c in candidates.items()}
+    near = max(ranked, key=lambda n: ranked[n])
+    if not ranked[near]:
+        near = max(candidates, key=lambda n: difflib.SequenceMatcher(None, keys[:50], candidates[n][:50]).ratio())
+    extra = [k for k in keys if k not in set(candidates[near])]
+    lacking = [k for k in candidates[near] if k not in set(keys)]
+    families = ", ".join(dict.fromkeys(f"{r.family} ({r.implementation})" for r in RECIPES))
+    return UnknownModelError(
+        f"the checkpoint's {len(keys)} keys are of no network known here; the nearest is {near}",
+        at="; ".join(p for p in (_some("only in the file", extra), _some(f"only in {near}", lacking)) if p),
+        why=f"blocks are known by their keys: {families}",
+        do="name the network with -m NAME, or your own with -m package.module:factory",
+    )
+
+
+def _keys_of(name: str) -> list[str]:
+    keys = _on_meta(name, {}).state_dict()
+    return [k for k in keys if not k.endswith("num_batches_tracked")]
+
+
+def _on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(name, **arguments).eval()
+
+

@@ -1,0 +1,213 @@
+"""A training-form checkpoint of a known network as its deploy-form checkpoint, with the proof that nothing changed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reptool._version import __version__
+from reptool.checkpoint.architectures import Recognition, deployed_shapes, recognise
+from reptool.checkpoint.health import check_health
+from reptool.checkpoint.load import assigned, lifted, probe_sizes
+from reptool.checkpoint.recipes import EPS, blocks, fuse_block, fused_tensors, replaced_keys
+from reptool.errors import InputError, NothingToFuseError, NotEquivalentError
+from reptool.verify.endtoend import verify_models
+from reptool.verify.region import stored_is_rounded
+from reptool.verify.verdict import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from reptool.checkpoint.read import Checkpoint
+    from reptool.checkpoint.recipes import FusedBlock, Recipe
+    from reptool.verify.verdict import RegionProof
+
+DITHER = 1 / 12
+"""Chance of moving a stored weight by an ulp; with its own rounding error that is the noise of a stochastic rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """A deploy-form state_dict, what it is, and its verdict."""
+
+    tensors: dict[str, Tensor]
+    recognition: Recognition
+    verdict: Verdict
+    blocks: dict[str, tuple[str, ...]]
+    parameters: tuple[int, int]
+    notices: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The conversion as plain data, without the tensors."""
+        return {
+            "schema_version": 1,
+            "model": self.recognition.model,
+            "arguments": self.recognition.arguments,
+            "implementation": self.recognition.implementation,
+            "blocks": {name: list(parts) for name, parts in self.blocks.items()},
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "notices": list(self.notices),
+            "seconds": self.seconds,
+            "verdict": self.verdict.to_dict(),
+        }
+
+
+def convert(
+    checkpoint: Checkpoint,
+    model: str | None = None,
+    *,
+    eps: float = EPS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Fuse every block of a known network's checkpoint; everything else passes through untouched.
+
+    Raises:  UnknownModelError or InputError if the file is not such a network's, NothingToFuseError if it is fused
+             already, NotEquivalentError if the result is not equal (a fault of ours)
+    """
+    clock = [time.perf_counter()]
+    shapes = {k: tuple(t.shape) for k, t in checkpoint.tensors.items()}
+    found = recognise(shapes, model)
+    if found.form == "deploy":
+        raise NothingToFuseError(
+            f"{checkpoint.path.name} is a {found.model} in deploy form already",
+            at=str(checkpoint.path),
+            why="its blocks hold one fused convolution each",
+            do=f"reptool export {checkpoint.path} --format onnx",
+        )
+    notices = (*checkpoint.notices, *check_health(checkpoint.tensors))
+    kept = {k: t for k, t in checkpoint.tensors.items() if k not in set(found.dropped)}
+    if found.dropped:
+        notices = (*notices, f"dropped {len(found.dropped)} tensors that only training uses: {found.dropped[0]}, ...")
+        found = _without_auxiliary(found)
+    clock.append(time.perf_counter())
+    tensors, regions, merged = _fuse_all(kept, eps, on_progress)
+    if not merged:
+        raise NothingToFuseError("no block to fuse was found", at=str(checkpoint.path))
+    clock.append(time.perf_counter())
+    verdict = _verify(found, kept, tensors, regions, eps)
+    clock.append(time.perf_counter())
+    if not verdict.passed:
+        raise NotEquivalentError(
+            f"the fused {found.model} is not equal to the original",
+            at="; ".join(verdict.problems[:3]),
+            why="the end-to-end check holds the fused network to its own rounding noise",
+            do="nothing was written; report this with the checkpoint",
+        )
+    names = ("recognise and check", "fuse and prove regions", "verify end to end")
+    seconds = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
+    return Conversion(tensors, found, verdict, merged, (_count(checkpoint.tensors), _count(tensors)), notices, seconds)
+
+
+def metadata(conversion: Conversion, checkpoint: Checkpoint) -> dict[str, str]:
+    """What travels in the file: architecture, form, digest of the input, versions and the verdict."""
+    found = conversion.recognition
+    return {
+        "reptool.version": __version__,
+        "reptool.torch": torch.__version__,
+        "reptool.python": platform.python_version(),
+        "reptool.architecture": found.model,
+        "reptool.arguments": json.dumps(found.arguments, sort_keys=True),
+        "reptool.implementation": found.implementation,
+        "reptool.form": "deploy",
+        "reptool.num_classes": str(found.num_classes),
+        "reptool.source_sha256": checkpoint.sha256,
+        "reptool.verdict": json.dumps(conversion.verdict.to_dict(), sort_keys=True),
+    }
+
+
+def _without_auxiliary(found: Recognition) -> Recognition:
+    """The network without the heads that only training uses."""
+    renamed = {new: old for new, old in found.renamed.items() if old not in set(found.dropped)}
+    arguments = {**found.arguments, "auxiliary_heads": False}
+    return Recognition(found.model, arguments, found.implementation, found.form, renamed)
+
+
+def _fuse_all(
+    tensors: Mapping[str, Tensor], eps: float, on_progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, Tensor], tuple[RegionProof, ...], dict[str, tuple[str, ...]]]:
+    """The new mapping, in the old one's order, the proofs, and which parts went into each fused convolution."""
+    todo = list(blocks(tensors))
+    result = dict(tensors)
+    proofs: list[RegionProof] = []
+    merged: dict[str, tuple[str, ...]] = {}
+    for index, (prefix, recipe) in enumerate(todo):
+        block = fuse_block(tensors, prefix, recipe, eps)
+        stored = fused_tensors(block, tensors[f"{prefix}{recipe.branches[0].conv}.weight"])
+        _require_exact(block, stored)
+        proofs.append(block.proof)
+        old = replaced_keys(result, prefix, recipe)
+        merged[f"{prefix}{recipe.merged}"] = _parts(old, prefix, recipe)
+        result = _replaced(result, old, stored)
+        if on_progress is not None:
+            on_progress(index + 1, len(todo))
+    return result, tuple(proofs), merged
+
+
+def _require_exact(block: FusedBlock, stored: Mapping[str, Tensor]) -> None:
+    """Raise unless the region is proved and its stored weights are the proved ones, rounded once."""
+    if not block.proof.passed:
+        raise NotEquivalentError(
+            f"the block {block.proof.name} is not equal after fusing: relative error {block.proof.error:.1e}",
+            at=block.prefix,
+            why=block.proof.detail or "its branches and its fused kernel give different values in float64",
+            do="nothing was written; report this with the checkpoint",
+        )
+    for exact, (name, tensor) in zip((block.kernel, block.bias), stored.items(), strict=True):
+        if not stored_is_rounded(exact, tensor):
+            raise InputError(
+                f"the fused {name} does not fit in {str(tensor.dtype).removeprefix('torch.')}",
+                at=name,
+                why=f"its largest value is {exact.abs().max().item():.3g}",
+                do="convert the checkpoint to float32 first",
+            )
+
+
+def _parts(old: list[str], prefix: str, recipe: Recipe) -> tuple[str, ...]:
+    """The names of the parts that were there."""
+    return tuple(p for p in recipe.parts if any(k.startswith(f"{prefix}{p}.") for k in old))
+
+
+def _replaced(tensors: dict[str, Tensor], old: list[str], new: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mapping with the old keys gone and the new ones where the first of them stood."""
+    result: dict[str, Tensor] = {}
+    gone = set(old)
+    for key, tensor in tensors.items():
+        if key == old[0]:
+            result |= new
+        if key not in gone:
+            result[key] = tensor
+    return result
+
+
+def _verify(
+    found: Recognition, before: Mapping[str, Tensor], after: Mapping[str, Tensor], regions: tuple[RegionProof, ...], eps: float
+) -> Verdict:
+    """Structure, and the end-to-end check of the fused network against the float64 run of the original."""
+    reference = assigned(found, before, eps)
+    fused = recognise({k: tuple(t.shape) for k, t in after.items()}, found.model if not found.arguments else None)
+    candidate = lifted(fused, after, eps)
+    checks = verify_models(reference, candidate, probe_sizes(reference), candidate, DITHER)
+    return Verdict(structure=_structure(found, before, after), regions=regions, end_to_end=tuple(checks))
+
+
+def _structure(found: Recognition, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What of the deploy form is not as its network has it, or was changed without being fused."""
+    wanted = deployed_shapes({new: tuple(before[old].shape) for new, old in found.renamed.items()})
+    renamed = recognise({k: tuple(t.shape) for k, t in after.items()}).renamed
+    given = {new: tuple(after[old].shape) for new, old in renamed.items()}
+    problems = [f"{k} is missing or of another shape" for k, s in wanted.items() if given.get(k) != s]
+    problems += [f"{k} does not belong there" for k in given if k not in wanted]
+    problems += [f"{k} was changed" for k in before if k in after and not torch.equal(before[k], after[k])]
+    return tuple(problems)
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    """Learned numbers: everything but the norms' statistics."""
+    return sum(t.numel() for k, t in tensors.items() if not k.endswith(("running_mean", "running_var", "num_batches_tracked")))

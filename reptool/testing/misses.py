@@ -1,0 +1,90 @@
+"""Near misses: operands that fit a rule, with one field changed. The rule refuses them, or is exact on them too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hypothesis import strategies as st
+
+from reptool.affine.operators import AvgPool, BatchNorm, Conv, Identity, Pad, Pads, Scale
+from reptool.testing.strategies import MODES, Operands, divisors, operands
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hypothesis.strategies import DrawFn
+
+    from reptool.affine.rules import Rule
+
+
+@st.composite
+def near_misses(draw: DrawFn, rule: Rule) -> Operands:
+    """Operands that fit, with one field changed."""
+    fitting = list(draw(operands(rule)))
+    place = draw(st.integers(0, len(fitting) - 1))
+    fitting[place] = draw(st.sampled_from(list(changes(fitting[place], branch=rule.kind in ("sum", "stack")))))
+    return tuple(fitting)
+
+
+def changes(operand: Any, *, branch: bool = False) -> Iterator[Any]:
+    """The operand with one field changed, in every way that leaves it an operator; a branch may change channels."""
+    match operand:
+        case int():
+            yield operand % 3 + 1
+        case Identity(channels):
+            yield Identity(channels + 1)
+        case Scale(gain, shift, axis):
+            yield from (
+                replace(operand, shift=torch.ones_like(gain) if shift is None else None),
+                replace(operand, axis=-axis),
+            )
+        case BatchNorm():
+            yield from _norm_changes(operand)
+        case AvgPool():
+            yield from _pool_changes(operand)
+        case Pad():
+            yield from (replace(operand, padding=p) for p in _border_changes(operand.padding))
+        case Conv():
+            yield from _conv_changes(operand)
+            yield from _channel_changes(operand) if branch else ()
+
+
+def _norm_changes(norm: BatchNorm) -> Iterator[BatchNorm]:
+    yield from (replace(norm, var=-norm.var), replace(norm, var=0 * norm.var), replace(norm, eps=0.5))
+    yield from (replace(norm, weight=None), replace(norm, bias=None), replace(norm, axis=-norm.axis))
+
+
+def _pool_changes(pool: AvgPool) -> Iterator[AvgPool]:
+    yield from (replace(pool, ceil_mode=True), replace(pool, divisor_override=3))
+    yield replace(pool, count_include_pad=not pool.count_include_pad)
+    yield replace(pool, padding=tuple(k // 2 for k in pool.window), count_include_pad=False)
+
+
+def _conv_changes(conv: Conv) -> Iterator[Conv]:
+    noise = torch.Generator().manual_seed(conv.kernel.numel())
+    yield replace(conv, bias=conv.kernel.new_ones(conv.out_channels) if conv.bias is None else None)
+    yield from (replace(conv, padding=p) for p in _border_changes(conv.padding))
+    for mode in MODES if conv.rank else ():
+        yield replace(conv, padding_mode=mode)
+    for a, (s, d) in enumerate(zip(conv.stride, conv.dilation, strict=True)):
+        yield replace(conv, stride=(*conv.stride[:a], 3 - s, *conv.stride[a + 1 :]))
+        yield replace(conv, dilation=(*conv.dilation[:a], 3 - d, *conv.dilation[a + 1 :]))
+        yield replace(conv, kernel=torch.cat([conv.kernel, conv.kernel.narrow(a + 2, 0, 1)], a + 2))
+    for groups in divisors(conv.in_channels, conv.out_channels) if conv.rank else ():
+        shape = (conv.out_channels, conv.in_channels // groups, *conv.window)
+        yield replace(conv, kernel=torch.randn(shape, dtype=torch.float64, generator=noise), groups=groups)
+
+
+def _channel_changes(conv: Conv) -> Iterator[Conv]:
+    twice = torch.cat([conv.kernel, conv.kernel])
+    yield replace(conv, kernel=twice, bias=None)
+    yield replace(conv, kernel=torch.cat([conv.kernel, conv.kernel], 1))
+
+
+def _border_changes(padding: Pads) -> Iterator[Pads]:
+    """One side of one axis, one more or one less."""
+    for a, (before, after) in enumerate(padding):
+        for side in ((before + 1, after), (before - 1, after), (before, after + 1), (before, after - 1)):
+            yield (*padding[:a], side, *padding[a + 1 :])
