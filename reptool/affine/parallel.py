@@ -44,10 +44,10 @@ def stack_convs(one: Conv, other: Conv) -> Conv | Refusal:
     """Two convolutions of the same input, concatenated on the channels, are one convolution.
 
     Law:      cat(one(x), other(x)) == merged(x)
-    Refuses:  what ``add_convs`` refuses of geometry; groups, whose outputs would interleave
+    Refuses:  what ``add_convs`` refuses of geometry; common groups, whose outputs would interleave
     Source:   Ding et al. 2021, Diverse Branch Block, transform IV
     """
-    if one.groups > 1 or other.groups > 1:
+    if gcd(one.groups, other.groups) > 1:
         return Refusal("a concatenation of grouped convolutions has its groups in another order")
     aligned = align(one, other)
     if isinstance(aligned, Refusal):

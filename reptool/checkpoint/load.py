@@ -12,7 +12,7 @@ from reptool.checkpoint.architectures import Recognition, recognise
 from reptool.checkpoint.health import check_health
 from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.recipes import EPS, blocks, carrying_norm, lift_block
-from reptool.fuse import fuse
+from reptool.fusion import fuse
 
 if TYPE_CHECKING:
     import os
@@ -83,12 +83,15 @@ def probe_sizes(network: nn.Module) -> list[tuple[int, int, int, int]]:
 
     Shapes:  (n, 3, h, w)
     """
+    sides: list[tuple[int, int]] = []
     skeleton = _skeleton(network)
-    sides = [(h, w) for h, w in ((32, 32), (40, 48), (33, 35), (64, 64), (224, 224), (256, 256)) if _takes(skeleton, h, w)]
+    for side in ((32, 32), (40, 48), (33, 35), (64, 64), (224, 224), (256, 256)):
+        if len(sides) < 2 and takes(skeleton, *side):
+            sides.append(side)
     if not sides:
         raise AssertionError("the network takes none of the usual image sizes; please report this")
     (h, w), *others = sides
-    return [(2, 3, h, w), (3, 3, h, w), *((2, 3, *other) for other in others[:1])]
+    return [(2, 3, h, w), (3, 3, h, w), *((2, 3, *other) for other in others)]
 
 
 def _skeleton(network: nn.Module) -> nn.Module:
@@ -103,8 +106,10 @@ def _skeleton(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
-def _takes(skeleton: nn.Module, height: int, width: int) -> bool:
-    dtype = _dtype(skeleton)
+def takes(network: nn.Module, height: int, width: int) -> bool:
+    """Whether a network runs on images of that size; nothing is computed."""
+    on_meta = all(p.is_meta for p in network.parameters())
+    skeleton, dtype = network if on_meta else _skeleton(network), _dtype(network)
     try:
         with torch.no_grad():
             skeleton(torch.empty(2, 3, height, width, device="meta", dtype=dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +21,20 @@ if TYPE_CHECKING:
 
 @st.composite
 def near_misses(draw: DrawFn, rule: Rule) -> Operands:
-    """Operands that fit, with one field changed."""
+    """Operands that fit, with one field changed; every field is as likely as another."""
     fitting = list(draw(operands(rule)))
     place = draw(st.integers(0, len(fitting) - 1))
-    fitting[place] = draw(st.sampled_from(list(changes(fitting[place], branch=rule.kind in ("sum", "stack")))))
+    variants: dict[str, list[Any]] = {}
+    for changed in changes(fitting[place], branch=rule.kind in ("sum", "stack")):
+        variants.setdefault(_changed_field(fitting[place], changed), []).append(changed)
+    fitting[place] = draw(st.sampled_from(variants[draw(st.sampled_from(sorted(variants)))]))
     return tuple(fitting)
+
+
+def _changed_field(before: Any, after: Any) -> str:
+    """The names of the fields that are another value: one, or a kernel with what it has to follow."""
+    names = vars(before) if is_dataclass(before) else ()
+    return " ".join(name for name in names if getattr(before, name) is not getattr(after, name))
 
 
 def changes(operand: Any, *, branch: bool = False) -> Iterator[Any]:

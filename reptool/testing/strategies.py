@@ -141,9 +141,14 @@ def _conv_and_conv(draw: DrawFn) -> Operands:
     if between in ("nothing", "crop"):
         first = draw(convs(rank))
         return first, draw(convs(rank, first.out_channels, padding=draw(pads(rank, 0, -(between == "crop")))))
-    pointwise: dict[str, Any] = {"window": (1,) * rank, "stride": (1,) * rank, "padding": ((0, 0),) * rank}
+    pointwise: dict[str, Any] = {
+        "window": (1,) * rank,
+        "stride": (1,) * rank,
+        "padding": ((0, 0),) * rank,
+        "padding_mode": "zeros",
+    }
     if between == "zeros":
-        pointwise |= {"bias": None, "padding": draw(pads(rank, 0, 1)), "padding_mode": "zeros"}
+        pointwise |= {"bias": None, "padding": draw(pads(rank, 0, 1))}
     first = draw(convs(rank, **pointwise))
     return first, draw(convs(rank, first.out_channels, padding_mode=between if rank else "zeros"))
 
@@ -152,11 +157,9 @@ def _conv_and_conv(draw: DrawFn) -> Operands:
 def _two_branches(draw: DrawFn, *, stack: bool = False) -> Operands:
     """Two convolutions of one input whose outputs have one size."""
     rank = draw(_RANKS)
-    grouped: dict[str, Any] = {"groups": 1} if stack else {}
-    one = draw(convs(rank, **grouped))
-    o = None if stack else one.out_channels
-    same = {"stride": one.stride, "padding_mode": one.padding_mode}
-    other = draw(convs(rank, one.in_channels, o, **same, **grouped))
+    one = draw(convs(rank))
+    same = {"stride": one.stride, "padding_mode": one.padding_mode} | ({"groups": 1} if stack else {})
+    other = draw(convs(rank, one.in_channels, None if stack else one.out_channels, **same))
     before = draw(entries(rank, -1, 0, 1, 2))
     ends = zip(before, one.padding, one.reach, other.reach, strict=True)
     return one, replace(other, padding=tuple((a, p + q - r + s - a) for a, (p, q), r, s in ends))

@@ -62,6 +62,7 @@ def check_end_to_end(
     got: Any,
     copies: Sequence[Any],
     dtype: torch.dtype = torch.float32,
+    *,
     centre: Any = None,
 ) -> EndToEnd:
     """One comparison, judged: accepted at T up to 2, inconclusive where the noise is above a thousandth."""
@@ -90,7 +91,7 @@ def mismatch(reference: Any, got: Any) -> str:
 def inputs_for(shape: Sequence[int], n: int = INPUTS, seed: int = 0) -> Tensor:
     """Seeded inputs that are not alike: noise, one with a single entry, a constant, a ramp, then noise.
 
-    **Shapes**: ``shape`` is one sample's, such as (3, h, w); the result is (n, \\*shape), float32.
+    **Shapes**: ``shape`` is one sample's, such as (3, h, w); the result is (n, *shape), float32.
     """
     generator = torch.Generator().manual_seed(seed)
     batch = torch.randn(n, *shape, generator=generator)
@@ -118,7 +119,7 @@ def verify_models(
     as torch runs it. A single input is enough for no statistics, so at least eight (at further
     image sizes, four) go through the candidate in batches of the size asked for.
 
-    **Shapes**: a size is the input's shape (n, \\*sample), or a tuple of such shapes for a model of several inputs.
+    **Shapes**: a size is the input's shape (n, *sample), or a tuple of such shapes for a model of several inputs.
     """
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for size in sizes:
@@ -161,7 +162,7 @@ class _Group:
 
     def _judge(self, label: str, got: Any, runs: tuple[Any, Any, list[Any]]) -> EndToEnd:
         reference, centre, copies = runs
-        return check_end_to_end(label, reference, got, copies, self.dtype, centre)
+        return check_end_to_end(label, reference, got, copies, self.dtype, centre=centre)
 
     def _compute(self, batch: int) -> tuple[Any, Any, list[Any]]:
         """The reference, the centre of the copies and the copies, in batches of one size."""

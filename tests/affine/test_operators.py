@@ -177,7 +177,13 @@ def test_double_makes_every_tensor_float64_and_keeps_the_rest():
     conv = double(Conv(nn.Parameter(torch.ones(2, 1, 3)), None, (2,), ((1, 0),), (1,), 2, "reflect"))
     assert conv.kernel.dtype == torch.float64
     assert not conv.kernel.requires_grad
-    assert (conv.bias, conv.stride, conv.padding, conv.groups, conv.padding_mode) == (None, (2,), ((1, 0),), 2, "reflect")
+    assert (conv.bias, conv.stride, conv.padding, conv.groups, conv.padding_mode) == (
+        None,
+        (2,),
+        ((1, 0),),
+        2,
+        "reflect",
+    )
 
 
 def test_conv_knows_its_geometry():

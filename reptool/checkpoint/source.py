@@ -1,0 +1,131 @@
+"""Whatever a command is pointed at, as a module that can be exported, with all that travels beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reptool._version import __version__
+from reptool.checkpoint.load import module_of
+from reptool.checkpoint.own import build_own, is_own
+from reptool.checkpoint.read import read_checkpoint
+from reptool.errors import InputError
+from reptool.fusion import fuse
+from reptool.models import card
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from reptool.checkpoint.architectures import Recognition
+    from reptool.checkpoint.read import Checkpoint
+
+_HALF = (torch.float16, torch.bfloat16)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A module to export; ``reference`` is what it is verified against."""
+
+    module: nn.Module
+    reference: nn.Module
+    size: tuple[int, int]
+    channels: int
+    metadata: dict[str, str]
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+    notices: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """One input.
+
+        Shapes:  (2, channels, h, w)
+        """
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randn(2, self.channels, *self.size, generator=generator),)
+
+
+def open_source(
+    path: Path,
+    model: str | None = None,
+    size: tuple[int, int] | None = None,
+    *,
+    training_form: bool = False,
+    against: Path | None = None,
+) -> Source:
+    """Read a checkpoint and make of it what is exported: its fused form, or on request its training form."""
+    start = time.perf_counter()
+    read = read_checkpoint(path)
+    shape = size or (224, 224)
+    if model is not None and is_own(model):
+        module: nn.Module = build_own(read, model)
+        name, arguments, form, extra = model, {}, "training", {}
+    else:
+        module, found = module_of(read, model)
+        shape = size or card(found.model).input[1:]
+        name, arguments, form = found.model, found.arguments, found.form
+        extra = _preprocessing(found)
+    given = module
+    if form == "training" and not training_form:
+        module = fuse(module, (torch.zeros(2, 3, *_small(module, shape)),))
+    module, notices = _float32(module)
+    reference = _float32(_original(against, model))[0] if against else (_float32(given)[0] if form == "training" else module)
+    metadata = {
+        **_chain(read),
+        "reptool.version": __version__,
+        "reptool.architecture": name,
+        "reptool.arguments": json.dumps(arguments, sort_keys=True),
+        "reptool.form": "training" if training_form else "deploy",
+    }
+    if "num_classes" in arguments:
+        metadata["reptool.num_classes"] = str(arguments["num_classes"])
+    seconds = {"load and fuse": time.perf_counter() - start}
+    return Source(module, reference, shape, 3, metadata, notices=(*read.notices, *notices), seconds=seconds, **extra)
+
+
+def _preprocessing(found: Recognition) -> dict[str, Any]:
+    known = card(found.model)
+    return {"mean": known.mean, "std": known.std}
+
+
+def _chain(read: Checkpoint) -> dict[str, str]:
+    """Digests back to the training checkpoint."""
+    digests = {"reptool.input_sha256": read.sha256}
+    digests["reptool.source_sha256"] = read.metadata.get("reptool.source_sha256", read.sha256)
+    return digests
+
+
+def _small(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
+    """The image size to capture at: what a network computes does not depend on it, and a small one is faster."""
+    from reptool.checkpoint.load import takes  # noqa: PLC0415
+
+    return (64, 64) if takes(module, 64, 64) and takes(module, *shape) else shape
+
+
+def _original(path: Path, model: str | None) -> nn.Module:
+    read = read_checkpoint(path)
+    if model is not None and is_own(model):
+        return build_own(read, model)
+    module, found = module_of(read, model)
+    if found.form != "training":
+        raise InputError(
+            f"{path.name} is no training form",
+            at=str(path),
+            why=f"it is a {found.model} in {found.form} form",
+            do="name the checkpoint that was trained",
+        )
+    return module
+
+
+def _float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Half precision as float32, which holds every value exactly: few CPU kernels take it otherwise."""
+    halves = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALF]
+    if not halves:
+        return module, ()
+    return module.float(), (f"half-precision weights ({halves[0].dtype}) are exported as float32, value for value",)

@@ -1,0 +1,1 @@
+"""The commands: parse, call, print. No logic of their own, and nothing heavy is imported before a command runs."""

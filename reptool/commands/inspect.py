@@ -1,0 +1,146 @@
+"""``reptool inspect`` and ``reptool models``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reptool.commands import console
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def inspect(file: Path, as_json: bool) -> None:
+    """Say what is in FILE, a checkpoint or an ONNX model, without running or writing anything.
+
+    \b
+    Examples:
+      reptool inspect ckpt.pt
+      reptool inspect model.onnx --json
+    """  # noqa: D301  # click reads the backslashes
+    found = _onnx(file) if file.suffix == ".onnx" else _checkpoint(file)
+    if as_json:
+        console.as_json({"schema_version": 1, **found})
+        return
+    console.table((str(file), ""), [(name.replace("_", " "), _shown(value)) for name, value in found.items()])
+    if found.get("form") == "training":
+        console.next_command(f"reptool fuse {file}")
+    elif found.get("form") == "deploy":
+        console.next_command(f"reptool export {file} --format onnx")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _checkpoint(file: Path) -> dict[str, Any]:
+    from reptool.checkpoint.architectures import recognise  # noqa: PLC0415
+    from reptool.checkpoint.read import read_header  # noqa: PLC0415
+    from reptool.errors import InputError  # noqa: PLC0415
+
+    header = read_header(file)
+    shapes = {k: shape for k, (shape, _) in header.tensors.items()}
+    kinds = Counter(str(d).removeprefix("torch.") for _, d in header.tensors.values())
+    found: dict[str, Any] = {
+        "format": header.format,
+        "container": ".".join(header.container) or "(none)",
+        "prefix": header.prefix or "(none)",
+        "tensors": len(shapes),
+        "numbers": sum(prod(s) for s in shapes.values()),
+        "dtypes": dict(kinds),
+    }
+    try:
+        network = recognise(shapes)
+        found |= {
+            "network": network.model,
+            "classes": network.num_classes,
+            "key_names": network.implementation,
+            "form": network.form,
+        }
+    except InputError as error:
+        found["network"] = error.what
+    found |= {k.removeprefix("reptool."): _brief(v) for k, v in sorted(header.metadata.items()) if k.startswith("reptool.")}
+    return found | ({"notices": list(header.notices)} if header.notices else {})
+
+
+def _brief(text: str) -> str:
+    """A metadata value; of a verdict, only what it came to."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(value, dict) and "passed" in value:
+        return f"{'passed' if value['passed'] else 'FAILED'} ({value.get('level', '')})"
+    return text
+
+
+def _onnx(file: Path) -> dict[str, Any]:
+    from reptool.runtime import open_model  # noqa: PLC0415
+
+    model = open_model(file)
+    found: dict[str, Any] = {
+        "format": "onnx",
+        "input": f"{model.input_name} {[d if d is not None else 'free' for d in model.input_shape or ()]}",
+        "output": model.output_name,
+        "sha256": model.sha256,
+    }
+    return found | {k.removeprefix("reptool."): _brief(v) for k, v in sorted(model.metadata.items()) if k.startswith("reptool.")}
+
+
+@click.command()
+@click.option("--family", help="Only this family, such as repvgg or acnet.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def models(family: str | None, as_json: bool) -> None:
+    """List the networks that can be built, recognised and fused.
+
+    \b
+    Examples:
+      reptool models --family repvgg
+    """  # noqa: D301  # click reads the backslashes
+    from reptool.models import card, list_models  # noqa: PLC0415
+
+    rows = []
+    for name in list_models(family):
+        known = card(name)
+        rows.append(
+            {
+                "name": name,
+                "paper": f"arXiv:{known.arxiv}",
+                "year": known.year,
+                "parameters": known.parameters,
+                "deploy_parameters": known.deploy_parameters,
+                "gmacs": known.macs,
+                "input": list(known.input),
+                "top1": known.top1,
+            }
+        )
+    if as_json:
+        console.as_json({"schema_version": 1, "models": rows})
+        return
+    heads = ("name", "paper", "year", "parameters", "fused", "GMAC", "input", "top-1 as published")
+    console.table(
+        heads,
+        [
+            (
+                r["name"],
+                r["paper"],
+                r["year"],
+                f"{r['parameters']:,}",
+                f"{r['deploy_parameters']:,}" if r["deploy_parameters"] else "",
+                r["gmacs"] or "",
+                "x".join(map(str, r["input"])),  # type: ignore[arg-type]
+                r["top1"] or "",
+            )
+            for r in rows
+        ],
+    )

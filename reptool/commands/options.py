@@ -1,0 +1,62 @@
+"""Options that several commands share, spelt once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+model_option = click.option(
+    "-m",
+    "--model",
+    metavar="NAME|MODULE:FACTORY",
+    help="A network of `reptool models`, or your own code: package.module:factory.",
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+strict_option = click.option("--strict", is_flag=True, help="Exit 5 unless everything could be shown.")
+verify_option = click.option(
+    "--verify",
+    type=click.Choice(["quick"]),
+    default="quick",
+    show_default=True,
+    help="How much is checked before anything is written.",
+)
+
+
+class _Size(click.ParamType):
+    """224, or 224x320 for height and width."""
+
+    name = "H[xW]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().split("x")
+        if len(parts) not in {1, 2} or not all(p.isdigit() and int(p) for p in parts):
+            self.fail(f"{value!r} is no image size; write 224, or 224x320 for height and width", param, ctx)
+        return int(parts[0]), int(parts[-1])
+
+
+image_size = click.option("--img-size", "--imgsz", "img_size", type=_Size(), help="Image size in pixels, as H or HxW.")
+
+
+def common(command: F) -> F:
+    """--json, -q and -v."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+    command = click.option("-q", "--quiet", is_flag=True, help="No notices on stderr.")(command)
+    return click.option("-v", "--verbose", count=True, help="One line a region.")(command)
+
+
+def floats(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Comma-separated numbers."""
+    if value is None:
+        return None
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: write numbers separated by commas, such as 0.485,0.456,0.406") from None
