@@ -130,9 +130,15 @@ def _residual(layers: dict[tuple[str, str | None], tuple[int, ...]], stages: int
 
 
 def _convs(shapes: Shapes, pattern: str) -> dict[tuple[str, str | None], tuple[int, ...]]:
-    """The kernels whose keys match, by the pattern's two groups, in key order."""
+    """The kernels whose keys match, by the pattern's two groups, in the network's order: a file may have another."""
     found = ((re.fullmatch(pattern, k), s) for k, s in shapes.items())
-    return {(m[1], m[2]): s for m, s in found if m}
+    layers = {(m[1], m[2]): s for m, s in found if m}
+    return dict(sorted(layers.items(), key=lambda item: _counted(*item[0])))
+
+
+def _counted(stage: str, index: str | None) -> list[tuple[int, str]]:
+    """A sort key in which layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", f"{stage}.{index or 0}")]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,9 +83,8 @@ def probe_sizes(network: nn.Module) -> list[tuple[int, int, int, int]]:
     Shapes:  (n, 3, h, w)
     """
     sides: list[tuple[int, int]] = []
-    skeleton = _skeleton(network)
     for side in ((32, 32), (40, 48), (33, 35), (64, 64), (224, 224), (256, 256)):
-        if len(sides) < 2 and takes(skeleton, *side):
+        if len(sides) < 2 and takes(network, *side):
             sides.append(side)
     if not sides:
         raise AssertionError("the network takes none of the usual image sizes; please report this")
@@ -94,25 +92,11 @@ def probe_sizes(network: nn.Module) -> list[tuple[int, int, int, int]]:
     return [(2, 3, h, w), (3, 3, h, w), *((2, 3, *other) for other in others)]
 
 
-def _skeleton(network: nn.Module) -> nn.Module:
-    """The network without its weights."""
-    memo: dict[int, object] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        memo[id(tensor)] = (
-            nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else torch.empty_like(tensor, device="meta")
-        )
-    return copy.deepcopy(network, memo)
-
-
 def takes(network: nn.Module, height: int, width: int) -> bool:
-    """Whether a network runs on images of that size; nothing is computed."""
-    on_meta = all(p.is_meta for p in network.parameters())
-    skeleton, dtype = network if on_meta else _skeleton(network), _dtype(network)
+    """Whether a network runs on images of that size."""
     try:
-        with torch.no_grad():
-            skeleton(torch.empty(2, 3, height, width, device="meta", dtype=dtype))
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, height, width, dtype=_dtype(network)))
     except RuntimeError:
         return False
     return True

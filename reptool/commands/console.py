@@ -35,7 +35,7 @@ def console() -> Console:
     """Where tables are drawn; plain when it is no terminal."""
     from rich.console import Console  # noqa: PLC0415  # rich costs a tenth of a second that --help does not owe
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:

@@ -75,12 +75,12 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
         overwrite=options["overwrite"],
         input_path=path,
     )
-    for text in report.notices:
-        console.note(text, quiet=options["quiet"])
+    if report.record.notice:
+        console.note(report.record.notice, quiet=options["quiet"])
     if options["as_json"]:
         console.as_json(report.to_dict())
         return
-    operators = ", ".join(f"{count} {kind}" for kind, count in report.operators.items())
+    operators = ", ".join(f"{count} {kind}" for kind, count in report.record.operators)
     steps = {**opened.seconds, **report.seconds}
     rows = [("file", f"{target}  ({console.size(target.stat().st_size)})")]
     rows += [("operators", operators)] if operators else []

@@ -148,7 +148,7 @@ def _conv_and_conv(draw: DrawFn) -> Operands:
         "padding_mode": "zeros",
     }
     if between == "zeros":
-        pointwise |= {"bias": None, "padding": draw(pads(rank, 0, 1))}
+        pointwise |= {"bias": None, "padding": draw(pads(rank, 0, 0, 1, -1))}
     first = draw(convs(rank, **pointwise))
     return first, draw(convs(rank, first.out_channels, padding_mode=between if rank else "zeros"))
 

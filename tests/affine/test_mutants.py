@@ -106,7 +106,7 @@ def mutant(tmp_path):
     return plant
 
 
-def caught(rule, most=1500) -> bool:
+def caught(rule, most=2000) -> bool:
     """Whether the check fails on some fitting operands, or on some near misses."""
     return fails(rule, operands(rule), most // 10) or fails(rule, near_misses(rule), most)
 

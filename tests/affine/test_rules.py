@@ -17,10 +17,10 @@ from reptool.affine.operators import AvgPool, BatchNorm, Conv, Pad, Refusal, Sca
 from reptool.affine.parallel import add_convs
 from reptool.affine.rules import RULES, Rule
 from reptool.affine.series import conv_then_conv, conv_then_scale
-from reptool.testing import FITTING, check_rule, near_misses, operands, require_equal
+from reptool.testing import FITTING, TOLERANCE, check_rule, near_misses, operands, require_equal
 
 EXAMPLES = int(os.environ.get("REPTOOL_EXAMPLES", "60"))
-FLOOR = 0.9
+FLOOR = 0.8
 """The share of fitting operands on which a rule has to fire."""
 
 often = settings(
@@ -195,3 +195,10 @@ def test_nothing_is_invented():
     conv, scale = Conv(noise(3, 3, 1), None, (1,), ((0, 0),), (1,)), Scale(noise(3))
     for name, them in (("conv_then_scale", (conv, scale)), ("scale_then_conv", (scale, conv)), ("conv_then_conv", (conv, conv)), ("add_convs", (conv, conv)), ("stack_convs", (conv, conv)), ("scale_is_conv", (scale, 1)), ("pad_is_conv", (Pad(3, ((1, 1),)),))):  # fmt: skip
         assert by_name[name].apply(*them).bias is None, name
+
+
+@pytest.mark.parametrize("wrong", [noise(3) * (1 + 10 * TOLERANCE), noise(3) * float("nan"), noise(3)[None], -noise(3)])
+def test_equality_has_teeth(wrong):
+    """Another shape, a NaN, and a difference of ten tolerances are not equal."""
+    with pytest.raises(AssertionError, match="claim: "):
+        require_equal(wrong, noise(3), "claim")
