@@ -9,20 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.func import functional_call
 
-from reptool.affine.operators import Conv, Identity, Operator, Pad, Scale, run
+from reptool.affine.operators import AvgPool, Conv, Identity, Pad, Scale
 from reptool.errors import NotEquivalentError
 from reptool.graph.capture import capture
 from reptool.graph.cost import Cost, roofline
-from reptool.graph.emit import ChannelScale, emit
+from reptool.graph.emit import emit
+from reptool.graph.layers import exact_weights
 from reptool.graph.naming import module_path
-from reptool.graph.normalise import Plan, Value, normalise
-from reptool.graph.read import shape_of, sizes_of
+from reptool.graph.normalise import normalise
+from reptool.graph.structure import describe, first_difference, structure_problems
+from reptool.graph.values import shape_of, sizes_of
 from reptool.verify.region import prove_region, stored_is_rounded
+from reptool.verify.verdict import RegionProof, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from reptool.affine.operators import Operator
     from reptool.graph.capture import Captured
-    from reptool.verify.verdict import RegionProof
+    from reptool.graph.emit import Emitted
+    from reptool.graph.normalise import Plan, Value
 
 
 @dataclass(frozen=True)
@@ -85,50 +94,143 @@ def fuse(model: nn.Module, example_inputs: tuple[Any, ...], *, cost: Cost = roof
     clock.append(time.perf_counter())
     with torch.no_grad():
         plan = normalise(captured, cost)
-        module, names = emit(captured, plan)
+        emitted = emit(captured, plan)
         clock.append(time.perf_counter())
-        regions = tuple(_region(plan.values[n], names[n], captured, module) for n in names)
+        _require_structure(captured, emitted)
+        regions = tuple(_region(plan.values[n], captured, plan, emitted) for n in emitted.names)
+        _require_proofs(regions)
     clock.append(time.perf_counter())
     steps = ("capture", "fuse", "proof")
     seconds = {s: b - a for s, a, b in zip(steps, clock, clock[1:], strict=False)}
-    module.fusion = FusionReport(regions, _kept_apart(plan), _opaque(plan), seconds)
-    return module
+    emitted.module.meta["fusion"] = FusionReport(regions, _kept_apart(plan), _opaque(plan), seconds)
+    return emitted.module
 
 
-def _region(value: Value, name: str, captured: Captured, module: nn.Module) -> Region:
-    """Prove one region and describe it."""
+def verify_fused(
+    model: nn.Module, fused: nn.Module, example_inputs: tuple[Any, ...], *, cost: Cost = roofline
+) -> Verdict:
+    """Hold a fused module, wherever it has been since, to its original: structure, every region, every other weight.
+
+    The original is fused again, with the same ``cost``; nothing of ``fused`` is trusted. What fails is named by its module path.
+
+    Raises:  CaptureError if one of them cannot be read
+    """
+    captured = capture(model, example_inputs)
+    problems = structure_problems(captured, capture(fused, example_inputs))
+    with torch.no_grad():
+        plan = normalise(captured, cost)
+        emitted = emit(captured, plan)
+        regions = tuple(_region(plan.values[n], captured, plan, emitted, fused).proof for n in emitted.names)
+    return Verdict(structure=(*problems, *_changed(emitted, fused)), regions=regions)
+
+
+def _changed(emitted: Emitted, fused: nn.Module) -> list[str]:
+    """The tensors outside the rewritten regions that are not bit for bit the original's."""
+    inside = tuple(f"{name}." for name in emitted.names.values())
+    wanted, given = emitted.module.state_dict(), fused.state_dict()
+    names = [n for n in {**wanted, **given} if not n.startswith(inside)]
+    return [f"{n} was changed" for n in names if n not in wanted or n not in given or not _same(wanted[n], given[n])]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and stored_is_rounded(one, other)
+
+
+def _require_structure(captured: Captured, emitted: Emitted) -> None:
+    """Raise unless every node that was not rewritten stands in the fused graph, in its order, with its attributes."""
+    copied = {w: n for n, w in emitted.written.items() if w.op == "call_function" and isinstance(w.target, OpOverload)}
+    wanted = [(describe(n), module_path(n)) for n in captured.graph.nodes if emitted.written.get(n) in copied]
+    given = [(describe(w), "") for w in emitted.module.graph.nodes if isinstance(w.target, OpOverload)]
+    lost = first_difference(wanted, given)
+    if lost:
+        raise NotEquivalentError(
+            "the fused graph does not keep what is not affine", at=lost[0], do="report this with the model"
+        )
+
+
+def _region(value: Value, captured: Captured, plan: Plan, emitted: Emitted, module: nn.Module | None = None) -> Region:
+    """Prove one region, as it stands in a module, and describe it."""
+    name = emitted.names[value.node]
     inner = [n for n in captured.graph.nodes if n in value.sources]
-    atoms = list(dict.fromkeys(value.form.atoms))
-    inputs = _inputs(value, atoms, inner)
-    weights = {n: _double(t) for n, (_, t) in captured.state.items() if any(u in value.sources for u in n.users)}
-
-    def original(*given: Tensor) -> Tensor:
-        env: dict[fx.Node, Any] = {**weights, **dict(zip(atoms, given, strict=True))}  # type: ignore[arg-type]
-        for node in inner:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return env[value.node]  # type: ignore[no-any-return]
+    atoms: list[Any] = list(dict.fromkeys(value.form.atoms))
+    entries = [emitted.written[a] for a in atoms]
+    exact = _exact(value, name)
+    layers = {path: _submodule(module or emitted.module, path) for path in exact}
+    wrong = [f"{path} {fault}" for path in exact if (fault := _fault(layers[path], exact[path]))]
 
     def fused(*given: Tensor) -> Tensor:
-        env = dict(zip(atoms, given, strict=True))
-        total: Tensor | None = None
-        for term in value.form.terms:
-            part = run(term.operator, env[term.atom])
-            total = part if total is None else total + part
-        return total  # type: ignore[return-value]  # a form has at least one term
+        env: dict[fx.Node, Any] = dict(zip(entries, given, strict=True))
+        for node in emitted.regions[value.node]:
+            path = str(node.target)
+            if node.op == "call_module":
+                env[node] = functional_call(layers[path], exact[path], (env[node.args[0]],))  # type: ignore[arg-type, index]
+            else:
+                env[node] = _call(node, env)
+        return env[emitted.written[value.node]]  # type: ignore[no-any-return]
 
-    proof = prove_region(name, original, fused, inputs)
-    if not proof.passed or not _stored(value, name, module):
-        raise NotEquivalentError(
-            f"the region {name} is not equal after fusing: relative error {proof.error:.1e}",
-            at=", ".join(sorted({module_path(n) or "(root)" for n in value.sources})),
-            why=proof.detail or "its stored weights are not the proved ones, rounded once",
-            do="report this with the model; nothing was changed",
-        )
-    before = Counter(str(n.target._schema.name).removeprefix("aten::") for n in inner)  # type: ignore[union-attr]  # noqa: SLF001
+    if wrong:
+        proof = RegionProof(name, float("inf"), passed=False, detail="; ".join(wrong))
+    else:
+        original = _original(value, plan, inner, atoms)
+        proof = prove_region(name, original, fused, _inputs(value, atoms, entries, inner))
+    before = Counter(describe(n).split("(", maxsplit=1)[0] for n in inner)
     after = Counter(type(t.operator).__name__ for t in value.form.terms)
     sources = tuple(sorted({module_path(n) for n in value.sources}))
     return Region(name, sources, dict(before), dict(after), proof)
+
+
+def _require_proofs(regions: tuple[Region, ...]) -> None:
+    """Raise for the first region that is not proved."""
+    for region in regions:
+        if not region.proof.passed:
+            raise NotEquivalentError(
+                f"the region {region.name} is not equal after fusing: relative error {region.proof.error:.1e}",
+                at=", ".join(path or "(root)" for path in region.sources),
+                why=region.proof.detail or "its two forms give different values in float64",
+                do="report this with the model; nothing was changed",
+            )
+
+
+def _original(value: Value, plan: Plan, inner: list[fx.Node], atoms: list[Any]) -> Callable[..., Tensor]:
+    """A region's captured nodes as a function of its atoms, in float64."""
+    used = {u for n in inner for u in n.all_input_nodes}
+    weights: dict[fx.Node, Any] = {u: _double(t) for u in used if (t := plan.reader.tensor(u)) is not None}
+
+    def original(*given: Tensor) -> Tensor:
+        env = {**weights, **dict(zip(atoms, given, strict=True))}
+        for node in inner:
+            env[node] = _call(node, env)
+        return env[value.node]  # type: ignore[no-any-return]
+
+    return original
+
+
+def _call(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]  # only functions get here
+
+
+def _exact(value: Value, name: str) -> dict[str, dict[str, Tensor]]:
+    """The unrounded weights of a region's layers, by module path."""
+    alone = len(value.form.terms) == 1
+    operators = {name if alone else f"{name}.{i}": t.operator for i, t in enumerate(value.form.terms)}
+    return {path: exact_weights(o) for path, o in operators.items() if not isinstance(o, (Identity, Pad))}
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _fault(layer: nn.Module | None, exact: dict[str, Tensor]) -> str:
+    """Why a layer does not hold exactly these weights, rounded once; empty if it does."""
+    held = dict(layer.named_parameters()) if layer is not None else {}
+    if held.keys() != exact.keys():
+        return f"holds {', '.join(held) or 'nothing'} instead of {', '.join(exact) or 'nothing'}"
+    wrong = [name for name, tensor in held.items() if not stored_is_rounded(exact[name], tensor)]
+    return f"holds another {' and '.join(wrong)} than the exact one, rounded once" if wrong else ""
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -136,49 +238,44 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _inputs(value: Value, atoms: list[Any], inner: list[fx.Node]) -> list[tuple[Tensor, ...]]:
+def _inputs(value: Value, atoms: list[Any], entries: list[Any], inner: list[fx.Node]) -> list[tuple[Tensor, ...]]:
     """Two sets of dense random inputs: batch 2, and windows of 2k + 1 or more where the sizes are free."""
     generator = torch.Generator().manual_seed(0)
     shapes = [sizes_of(a) for a in atoms]
-    if len(atoms) == 1 and _sizes_are_free(atoms[0], inner):
-        reach = max((max(t.operator.reach, default=1) for t in value.form.terms if isinstance(t.operator, Conv)), default=1)
-        stride = max((max(t.operator.stride, default=1) for t in value.form.terms if isinstance(t.operator, Conv)), default=1)
-        side = 2 * reach + stride
+    if len(atoms) == 1 and _sizes_are_free(value, atoms[0], inner):
+        side = sum(_extent(t.operator) for t in value.form.terms)
         shapes = [(2, shapes[0][1], *(side + i for i in range(len(shapes[0]) - 2)))]
-    draws = range(2)
-    return [tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes) for _ in draws]
+    drawn = []
+    for _ in range(2):
+        values = {
+            e: torch.randn(s, generator=generator, dtype=torch.float64) for e, s in zip(entries, shapes, strict=True)
+        }
+        drawn.append(tuple(values[e] for e in entries))
+    return drawn
 
 
-_POINTWISE = (Identity, Scale, Conv, Pad)
+def _extent(operator: Operator) -> int:
+    """A window on which every tap and every border of an operator is seen."""
+    match operator:
+        case Conv():
+            sizes = [
+                2 * r + s + 2 * max(map(abs, p))
+                for r, s, p in zip(operator.reach, operator.stride, operator.padding, strict=True)
+            ]
+        case AvgPool():
+            sizes = [2 * w + s for w, s in zip(operator.window, operator.stride, strict=True)]
+        case Pad():
+            sizes = [3 + 2 * max(map(abs, p)) for p in operator.padding]
+        case _:
+            sizes = []
+    return max(sizes, default=3)
 
 
-def _sizes_are_free(atom: fx.Node, inner: list[fx.Node]) -> bool:
-    """Whether a region can run at another image size than the example's: no node names a size."""
-    named = ("view", "reshape", "expand", "slice", "flatten", "unflatten")
-    return len(shape_of(atom)) > 2 and not any(str(n.target).split(".")[1] in named for n in inner)
-
-
-def _stored(value: Value, name: str, module: nn.Module) -> bool:
-    """Whether the module holds exactly the proved weights, rounded once."""
-    alone = len(value.form.terms) == 1
-    for index, term in enumerate(value.form.terms):
-        if isinstance(term.operator, Identity):
-            continue
-        layer = module.get_submodule(name if alone else f"{name}.{index}")
-        for exact, stored in _pairs(term.operator, layer):
-            if not stored_is_rounded(exact, stored):
-                return False
-    return True
-
-
-def _pairs(operator: Operator, layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    if isinstance(operator, Scale) and isinstance(layer, ChannelScale):
-        found = [(operator.gain, layer.gain), (operator.shift, layer.shift)]
-    elif isinstance(operator, Conv):
-        found = [(operator.kernel, layer.weight), (operator.bias, layer.bias)]
-    else:
-        raise AssertionError(f"{type(operator).__name__} was stored as {type(layer).__name__}; please report this")
-    return [(e, s) for e, s in found if e is not None and s is not None]  # type: ignore[misc]
+def _sizes_are_free(value: Value, atom: fx.Node, inner: list[fx.Node]) -> bool:
+    """Whether a region can run at another image size than the example's: no node names a size or reads the last axis."""
+    named = ("linear", "slice")
+    last = any(isinstance(t.operator, Scale) and t.operator.axis == -1 for t in value.form.terms)
+    return len(shape_of(atom)) > 2 and not last and not any(str(n.target).split(".")[1] in named for n in inner)
 
 
 def _kept_apart(plan: Plan) -> tuple[tuple[str, str], ...]:

@@ -8,7 +8,7 @@ same atom (parallel). Every refusal is a value with its reason.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -72,12 +72,14 @@ def merge(one: Operator, other: Operator) -> Operator | Refusal:
     conv = next((p for p in low if isinstance(p, Conv)), None)
     axis = next((p.axis for p in low if isinstance(p, Scale)), 1)
     left, right = (_as_scale(p, axis) if conv is None else _as_conv(p, conv) for p in low)
+    if _is_outline(left) or _is_outline(right):
+        left, right = (p if isinstance(p, Refusal) else outline(p) for p in (left, right))
     match left, right:
         case Scale(), Scale():
             return add_scales(left, right)
         case Conv(), Conv():
             return add_convs(left, right)
-    return left if isinstance(left, Refusal) else right  # type: ignore[return-value]  # only refusals are left
+    return left if isinstance(left, Refusal) else right
 
 
 def substitute(form: Form, atom: Hashable, inner: Form) -> Form | Refusal:
@@ -129,8 +131,8 @@ def outline(operator: Operator) -> Operator:
     low = _lowered(operator)
     if isinstance(low, Refusal):
         return operator
-    tensors = {k: v.to("meta") for k, v in vars(low).items() if isinstance(v, Tensor)}
-    return replace(low, **tensors) if tensors else low  # type: ignore[type-var]
+    tensors: Any = {k: v.to("meta") for k, v in vars(low).items() if isinstance(v, Tensor)}
+    return replace(low, **tensors) if tensors else low
 
 
 def _lowered(operator: Operator) -> Identity | Scale | Conv | Refusal:
@@ -144,6 +146,10 @@ def _lowered(operator: Operator) -> Identity | Scale | Conv | Refusal:
     return operator
 
 
+def _is_outline(operator: Operator | Refusal) -> bool:
+    return any(isinstance(v, Tensor) and v.is_meta for v in vars(operator).values())
+
+
 def _as_scale(operator: Identity | Scale | Conv | Refusal, axis: int) -> Operator | Refusal:
     if isinstance(operator, Identity):
         return Scale(torch.ones(operator.channels, dtype=torch.float64), None, axis)
@@ -154,4 +160,4 @@ def _as_conv(operator: Identity | Scale | Conv | Refusal, like: Conv) -> Operato
     scale = _as_scale(operator, -1 if like.rank == 0 else 1)
     if not isinstance(scale, Scale):
         return scale
-    return scale_is_conv(replace(scale, gain=scale.gain.to(like.kernel.device)), like.rank)
+    return scale_is_conv(scale, like.rank)

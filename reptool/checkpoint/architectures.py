@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reptool.checkpoint.recipes import RECIPES, blocks, merged_blocks, replaced_keys
+from reptool.checkpoint.timm_names import is_timm, official_name, timm_name
 from reptool.errors import InputError, UnknownModelError
 from reptool.models import create_model, list_models
 from reptool.models.rep.repvgg import VARIANTS
@@ -42,29 +43,13 @@ class Recognition:
         """Entries of the classifier."""
         return int(self.arguments["num_classes"])
 
+    def own_name(self, key: str) -> str:
+        """An official key as the file has it, or would have it."""
+        return self.renamed.get(key) or (timm_name(key) if self.implementation == "timm" else key)
+
     def build(self) -> nn.Module:
         """The network in training form, without weights (on the meta device)."""
         return _on_meta(self.model, self.arguments)
-
-
-_TIMM = (
-    (r"^stem\.", "stage0."),
-    (r"^stages\.(\d+)\.", lambda m: f"stage{int(m[1]) + 1}."),
-    (r"(^|\.)conv_kxk\.", r"\1rbr_dense."),
-    (r"(^|\.)conv_1x1\.", r"\1rbr_1x1."),
-    (r"(^|\.)identity\.", r"\1rbr_identity."),
-    (r"(^|\.)reparam_conv\.", r"\1rbr_reparam."),
-    (r"(^|\.)attn\.fc1\.", r"\1se.down."),
-    (r"(^|\.)attn\.fc2\.", r"\1se.up."),
-    (r"^head\.fc\.", "linear."),
-)
-
-
-def _official_name(key: str) -> str:
-    """A timm RepVGG key under its official name."""
-    for pattern, replacement in _TIMM:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def _repvgg(shapes: Shapes) -> tuple[str, dict[str, Any]]:
@@ -167,8 +152,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], model: str | None = None) -
     Raises:  UnknownModelError if nothing known has such keys; InputError if keys are missing, unexpected or of another
              shape than the network's
     """
-    timm = any(re.search(r"(^|\.)(conv_kxk|reparam_conv)\.", k) for k in shapes)
-    renamed = {_official_name(k) if timm else k: k for k in shapes}
+    timm = any(map(is_timm, shapes))
+    renamed = {official_name(k) if timm else k: k for k in shapes}
     official: Shapes = {new: tuple(shapes[old]) for new, old in renamed.items()}
     known = next((a for a in ARCHITECTURES if any(re.match(a.mark, k) for k in official)), None)
     if known is None and model is None:
@@ -206,7 +191,7 @@ def _inferred(known: Architecture | None, official: Shapes, model: str | None) -
 
 def _hold(found: Recognition, official: Shapes) -> None:
     """Raise unless the keys and shapes are exactly the network's, in the form that was found."""
-    expected: Shapes = {k: tuple(v.shape) for k, v in found.build().state_dict().items()}
+    expected = _expected(found, official)
     counters = [k for k in expected if k.endswith("num_batches_tracked")]
     if found.form != "training":
         expected = deployed_shapes(expected, official)
@@ -214,9 +199,9 @@ def _hold(found: Recognition, official: Shapes) -> None:
     wanted = {k: s for k, s in expected.items() if k not in counters}
     if given == wanted:
         return
-    missing = [k for k in wanted if k not in given]
-    unexpected = [k for k in given if k not in wanted]
-    shapes = [f"{k} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
+    missing = [found.own_name(k) for k in wanted if k not in given]
+    unexpected = [found.own_name(k) for k in given if k not in wanted]
+    shapes = [f"{found.own_name(k)} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
     raise InputError(
         f"the checkpoint is not a {found.model}: {len(missing)} keys missing, {len(unexpected)} unexpected, "
         f"{len(shapes)} of another shape",
@@ -228,6 +213,23 @@ def _hold(found: Recognition, official: Shapes) -> None:
         why="a network that does not have exactly these weights would compute something else",
         do="check the file, or name its network with -m",
     )
+
+
+def _expected(found: Recognition, given: Shapes) -> Shapes:
+    """The keys and shapes of the network's training form."""
+    empty = [k for k, s in given.items() if 0 in s]
+    if empty:
+        raise InputError(f"{len(empty)} tensors have no entries", at=_some("empty", empty), do="check the file")
+    try:
+        return {k: tuple(v.shape) for k, v in found.build().state_dict().items()}
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in found.arguments.items())
+        raise InputError(
+            f"the checkpoint's shapes fit no {found.model}",
+            at=given,
+            why=(str(error) or type(error).__name__).splitlines()[0],
+            do="check the file, or name its network with -m",
+        ) from error
 
 
 def _some(label: str, items: list[str]) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from reptool._version import __version__
 from reptool.checkpoint.architectures import Recognition, deployed_shapes, recognise
 from reptool.checkpoint.health import check_health
-from reptool.checkpoint.load import assigned, lifted, probe_sizes
-from reptool.checkpoint.recipes import EPS, blocks, fuse_block, fused_tensors, replaced_keys
+from reptool.checkpoint.load import EPS_KEY, assigned, deployed, probe_sizes
+from reptool.checkpoint.recipes import EPS, blocks, fuse_block, fused_tensors, pieces, replaced_keys
 from reptool.errors import InputError, NothingToFuseError, NotEquivalentError
 from reptool.verify.endtoend import verify_models
 from reptool.verify.region import stored_is_rounded
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from reptool.checkpoint.recipes import FusedBlock, Recipe
     from reptool.verify.verdict import RegionProof
 
-DITHER = 1 / 12
-"""Chance of moving a stored weight by an ulp; with its own rounding error that is the noise of a stochastic rounding."""
-
-
 @dataclass(frozen=True, eq=False)
 class Conversion:
     """A deploy-form state_dict, what it is, and its verdict."""
@@ -41,6 +37,7 @@ class Conversion:
     verdict: Verdict
     blocks: dict[str, tuple[str, ...]]
     parameters: tuple[int, int]
+    eps: float = EPS
     notices: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -52,6 +49,7 @@ class Conversion:
             "arguments": self.recognition.arguments,
             "implementation": self.recognition.implementation,
             "blocks": {name: list(parts) for name, parts in self.blocks.items()},
+            "eps": self.eps,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "notices": list(self.notices),
             "seconds": self.seconds,
@@ -102,7 +100,7 @@ def convert(
         )
     names = ("recognise and check", "fuse and prove regions", "verify end to end")
     seconds = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
-    return Conversion(tensors, found, verdict, merged, (_count(checkpoint.tensors), _count(tensors)), notices, seconds)
+    return Conversion(tensors, found, verdict, merged, (_count(checkpoint.tensors), _count(tensors)), eps, notices, seconds)
 
 
 def metadata(conversion: Conversion, checkpoint: Checkpoint) -> dict[str, str]:
@@ -116,6 +114,7 @@ def metadata(conversion: Conversion, checkpoint: Checkpoint) -> dict[str, str]:
         "reptool.arguments": json.dumps(found.arguments, sort_keys=True),
         "reptool.implementation": found.implementation,
         "reptool.form": "deploy",
+        EPS_KEY: repr(conversion.eps),
         "reptool.num_classes": str(found.num_classes),
         "reptool.source_sha256": checkpoint.sha256,
         "reptool.verdict": json.dumps(conversion.verdict.to_dict(), sort_keys=True),
@@ -138,16 +137,29 @@ def _fuse_all(
     proofs: list[RegionProof] = []
     merged: dict[str, tuple[str, ...]] = {}
     for index, (prefix, recipe) in enumerate(todo):
-        block = fuse_block(tensors, prefix, recipe, eps)
-        stored = fused_tensors(block, tensors[f"{prefix}{recipe.branches[0].conv}.weight"])
-        _require_exact(block, stored)
-        proofs.append(block.proof)
+        stored, proof = _fuse_in_pieces(tensors, prefix, recipe, eps)
+        proofs.append(proof)
         old = replaced_keys(result, prefix, recipe)
         merged[f"{prefix}{recipe.merged}"] = _parts(old, prefix, recipe)
         result = _replaced(result, old, stored)
         if on_progress is not None:
             on_progress(index + 1, len(todo))
     return result, tuple(proofs), merged
+
+
+def _fuse_in_pieces(
+    tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float
+) -> tuple[dict[str, Tensor], RegionProof]:
+    """One block's fused tensors, and the worst proof of its pieces."""
+    like = tensors[f"{prefix}{recipe.branches[0].conv}.weight"]
+    parts: list[dict[str, Tensor]] = []
+    proofs: list[RegionProof] = []
+    for rows in pieces(tensors, prefix, recipe):
+        block = fuse_block(tensors, prefix, recipe, eps, rows)
+        parts.append(fused_tensors(block, like))
+        _require_exact(block, parts[-1])
+        proofs.append(block.proof)
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}, max(proofs, key=lambda p: p.error)
 
 
 def _require_exact(block: FusedBlock, stored: Mapping[str, Tensor]) -> None:
@@ -190,10 +202,10 @@ def _verify(
     found: Recognition, before: Mapping[str, Tensor], after: Mapping[str, Tensor], regions: tuple[RegionProof, ...], eps: float
 ) -> Verdict:
     """Structure, and the end-to-end check of the fused network against the float64 run of the original."""
-    reference = assigned(found, before, eps)
+    reference = (assigned if found.form == "training" else deployed)(found, before, eps)
     fused = recognise({k: tuple(t.shape) for k, t in after.items()}, found.model if not found.arguments else None)
-    candidate = lifted(fused, after, eps)
-    checks = verify_models(reference, candidate, probe_sizes(reference), candidate, DITHER)
+    candidate = deployed(fused, after, eps)
+    checks = verify_models(reference, candidate, probe_sizes(reference), candidate)
     return Verdict(structure=_structure(found, before, after), regions=regions, end_to_end=tuple(checks))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from reptool.checkpoint.architectures import Recognition, recognise
+from reptool.checkpoint.deploy import into_deploy_form
 from reptool.checkpoint.health import check_health
 from reptool.checkpoint.read import read_checkpoint
-from reptool.checkpoint.recipes import EPS, blocks, carrying_norm, lift_block
+from reptool.checkpoint.recipes import EPS
+from reptool.errors import InputError
 from reptool.fusion import fuse
 
 if TYPE_CHECKING:
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
     from reptool.checkpoint.read import Checkpoint
 
+SOURCE = "source"
+"""The attribute of a loaded fused module that holds the checkpoint it came from, for ``reptool.save``."""
+EPS_KEY = "reptool.eps"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -27,18 +33,39 @@ def load(path: str | os.PathLike[str], model: str | None = None) -> nn.Module:
 
     Raises:  as ``read_checkpoint`` and ``recognise``
     """
-    return module_of(read_checkpoint(path), model)[0]
+    checkpoint = read_checkpoint(path)
+    module, found = module_of(checkpoint, model)
+    if found.form != "training":
+        setattr(module, SOURCE, checkpoint)
+    return module
 
 
-def module_of(checkpoint: Checkpoint, model: str | None = None, *, eps: float = EPS) -> tuple[nn.Module, Recognition]:
-    """The network of a checkpoint that was read, in eval mode, and what it was recognised as."""
+def module_of(
+    checkpoint: Checkpoint, model: str | None = None, *, eps: float | None = None
+) -> tuple[nn.Module, Recognition]:
+    """The network of a checkpoint that was read, in eval mode, and what it was recognised as.
+
+    Every norm gets ``eps``; by default what the file's metadata says, else what torch takes.
+    """
     check_health(checkpoint.tensors)
+    eps = _recorded_eps(checkpoint.metadata) if eps is None else eps
     named = model or (checkpoint.metadata.get("reptool.architecture") if checkpoint.metadata else None)
     found = recognise({k: tuple(t.shape) for k, t in checkpoint.tensors.items()}, _specific(named))
     if found.form == "training":
         return assigned(found, checkpoint.tensors, eps), found
-    network = lifted(found, checkpoint.tensors, eps)
+    network = deployed(found, checkpoint.tensors, eps)
     return fuse(network, (torch.zeros(probe_sizes(network)[0], dtype=_dtype(network)),)), found
+
+
+def _recorded_eps(metadata: Mapping[str, str]) -> float:
+    """The eps a fused checkpoint was made with: the norms that fusing leaves alone still need it."""
+    try:
+        eps = float(metadata.get(EPS_KEY, EPS))
+    except ValueError:
+        eps = math.nan
+    if not 0 < eps < math.inf:
+        raise InputError(f"the metadata says that eps is {metadata[EPS_KEY]!r:.40}", do="fuse the checkpoint again")
+    return eps
 
 
 def _specific(name: str | None) -> str | None:
@@ -54,27 +81,14 @@ def assigned(found: Recognition, tensors: Mapping[str, Tensor], eps: float = EPS
     return network
 
 
-def lifted(found: Recognition, tensors: Mapping[str, Tensor], eps: float = EPS) -> nn.Module:
-    """The training form that computes what a deploy-form checkpoint computes.
-
-    Every fused kernel sits in its block's first branch and the other branches are zero, so that no network needs a
-    second class for its deploy form.
-    """
+def deployed(found: Recognition, tensors: Mapping[str, Tensor], eps: float = EPS) -> nn.Module:
+    """The deploy form with a deploy-form checkpoint's tensors, shared, not copied."""
     network = found.build()
-    expected = network.state_dict()
     official = {new: tensors[old] for new, old in found.renamed.items() if old in tensors}
-    carriers = []
-    for prefix, recipe in list(blocks(expected)):
-        name = f"{prefix}{recipe.merged}"
-        if f"{name}.weight" in official:
-            kernel, bias = official.pop(f"{name}.weight"), official.pop(f"{name}.bias")
-            official |= lift_block(expected, prefix, recipe, kernel, bias)
-            carriers.append(carrying_norm(prefix, recipe))
-    _assign(network, official)
+    renamed = into_deploy_form(network, official)
+    _assign(network, {renamed.get(k, k): t for k, t in official.items()})
     _set_eps(network, eps)
-    for path in carriers:
-        network.get_submodule(path).eps = 0.0  # type: ignore[assignment]
-    return network
+    return network.eval()
 
 
 def probe_sizes(network: nn.Module) -> list[tuple[int, int, int, int]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from reptool._version import __version__
 from reptool.checkpoint.health import check_health
-from reptool.errors import InputError, NotEquivalentError
+from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.fusion import fuse
 from reptool.verify.endtoend import verify_models
 from reptool.verify.verdict import Verdict
@@ -75,8 +75,14 @@ def fuse_own(read: Checkpoint, model: str, size: tuple[int, int] | None, eps: fl
         raise InputError("--eps is for checkpoints without a class", at=model, why="the class sets its own eps")
     height, width = size or (224, 224)
     fused = fuse(network, (torch.zeros(2, 3, height, width),))
+    if not fused.fusion.regions:  # type: ignore[union-attr]
+        raise NothingToFuseError(
+            f"{model} has nothing that could be fused",
+            at=str(read.path),
+            do=f"reptool export {read.path} -m {model} --format onnx",
+        )
     regions = tuple(r.proof for r in fused.fusion.regions)  # type: ignore[union-attr]
-    checks = verify_models(network, fused, [(2, 3, height, width), (3, 3, height, width)], fused, 1 / 12)
+    checks = verify_models(network, fused, [(2, 3, height, width), (3, 3, height, width)], fused)
     verdict = Verdict(regions=regions, end_to_end=tuple(checks))
     if not verdict.passed:
         raise NotEquivalentError(f"the fused {model} is not equal to the original", at="; ".join(verdict.problems[:3]))

@@ -1,8 +1,6 @@
 """Block families as data: which keys are the branches of one block, and under which name the fused kernel is written.
 
-A recipe says no more than the paper's figure of the block; the algebra does the rest, in both directions: ``fuse_block``
-turns branches into one kernel, ``lift_block`` turns a kernel into branches of which all but one are zero, so that the
-training form of a network runs a deploy checkpoint too.
+A recipe says no more than the paper's figure of the block; the algebra does the rest.
 """
 
 from __future__ import annotations
@@ -132,19 +130,35 @@ def merged_blocks(keys: Iterable[str]) -> Iterator[tuple[str, Recipe]]:
                 yield found[1], recipe
 
 
-def fuse_block(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float = EPS) -> FusedBlock:
-    """One block's branches as one convolution, proved on random input in float64.
+_PIECE = 1 << 22
+"""Entries of a kernel that are worked on at once: 32 MB in float64, and a few such pieces at a time."""
+
+
+def pieces(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe) -> Iterator[slice]:
+    """A block's output channels in slices small enough to be fused in little memory; groups stay whole."""
+    main = tensors[f"{prefix}{recipe.branches[0].conv}.weight"]
+    whole = main.shape[0] // _groups(tensors, prefix, recipe, main)
+    whole = 1 if whole == main.shape[0] else whole
+    step = max(1, _PIECE // max(1, main[0].numel()) // whole) * whole
+    for start in range(0, main.shape[0], step):
+        yield slice(start, min(start + step, main.shape[0]))
+
+
+def fuse_block(
+    tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float = EPS, rows: slice = slice(None)
+) -> FusedBlock:
+    """One block's branches as one convolution, proved on random input in float64; of ``rows``, those outputs only.
 
     Raises:  InputError for a branch that cannot be merged or whose tensors do not fit
     """
-    paths = [p for p in (_path(tensors, prefix, b, recipe, eps) for b in recipe.branches) if p]
+    paths = [p for p in (_path(tensors, prefix, b, recipe, eps, rows) for b in recipe.branches) if p]
     total: Operator | Refusal = Identity(0)
     for index, path in enumerate(paths):
         branch: Operator | Refusal = path[0]
         for operator in path[1:]:
             branch = compose(branch, operator) if not isinstance(branch, Refusal) else branch
         total = branch if index == 0 or isinstance(branch, Refusal) else _merged(total, branch)
-    last = _norm(tensors, f"{prefix}{recipe.last_norm}", eps) if recipe.last_norm else None
+    last = _norm(tensors, f"{prefix}{recipe.last_norm}", eps, rows) if recipe.last_norm else None
     if last is not None and not isinstance(total, Refusal):
         total = compose(total, last)
     if not isinstance(total, Conv):
@@ -160,17 +174,18 @@ def _merged(total: Operator | Refusal, branch: Operator) -> Operator | Refusal:
 
 
 def _path(
-    tensors: Mapping[str, Tensor], prefix: str, branch: Branch, recipe: Recipe, eps: float
+    tensors: Mapping[str, Tensor], prefix: str, branch: Branch, recipe: Recipe, eps: float, rows: slice
 ) -> list[Operator] | None:
     """The operators of one branch, or None if the block has no such branch."""
-    norm = _norm(tensors, f"{prefix}{branch.norm}", eps) if branch.norm else None
+    norm = _norm(tensors, f"{prefix}{branch.norm}", eps, rows) if branch.norm else None
     main = tensors[f"{prefix}{recipe.branches[0].conv}.weight"]
+    groups = _groups(tensors, prefix, recipe, main)
     if branch.conv is None:
-        return None if norm is None else [_unchanged(norm.channels, main), norm]
-    kernel = tensors.get(f"{prefix}{branch.conv}.weight")
+        return None if norm is None else [_unchanged(main, groups, rows), norm]
+    kernel, bias = (tensors.get(f"{prefix}{branch.conv}.{part}") for part in ("weight", "bias"))
     if kernel is None:
         return None
-    conv = _centred(kernel, tensors.get(f"{prefix}{branch.conv}.bias"), _groups(tensors, prefix, recipe, main))
+    conv = _centred(kernel[rows], None if bias is None else bias[rows], groups * len(main[rows]) // len(main) or 1)
     return [conv] if norm is None else [conv, norm]
 
 
@@ -183,11 +198,11 @@ def _groups(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, main: Te
     return 1
 
 
-def _unchanged(channels: int, main: Tensor) -> Conv:
+def _unchanged(main: Tensor, groups: int, rows: slice) -> Conv:
     """The identity as a pointwise convolution with the groups of the main kernel."""
-    per_group = main.shape[1]
-    eye = torch.eye(per_group, dtype=torch.float64).repeat(channels // per_group, 1)
-    return Conv(eye[:, :, None, None], None, (1, 1), ((0, 0), (0, 0)), (1, 1), channels // per_group)
+    eye = torch.eye(main.shape[1], dtype=torch.float64).repeat(groups, 1)[rows]
+    groups = groups * len(main[rows]) // len(main) or 1
+    return Conv(eye[:, :, None, None], None, (1, 1), ((0, 0), (0, 0)), (1, 1), groups)
 
 
 def _centred(kernel: Tensor, bias: Tensor | None, groups: int) -> Conv:
@@ -198,12 +213,15 @@ def _centred(kernel: Tensor, bias: Tensor | None, groups: int) -> Conv:
     return double(Conv(kernel, bias, (1, 1), pads, (1, 1), groups))
 
 
-def _norm(tensors: Mapping[str, Tensor], name: str, eps: float) -> BatchNorm | None:
+def _norm(tensors: Mapping[str, Tensor], name: str, eps: float, rows: slice) -> BatchNorm | None:
     """A norm from its tensors; ``affine=False`` leaves weight and bias out."""
     if f"{name}.running_var" not in tensors:
         return None
-    mean, var = tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"]
-    return double(BatchNorm(mean, var, tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias"), eps))
+    parts = (tensors.get(f"{name}.{part}") for part in ("running_mean", "running_var", "weight", "bias"))
+    mean, var, weight, bias = (None if t is None else t[rows] for t in parts)
+    if mean is None or var is None:
+        raise InputError(f"the norm {name} has a variance and no mean", at=f"{name}.running_mean")
+    return double(BatchNorm(mean, var, weight, bias, eps))
 
 
 def _prove(name: str, paths: list[list[Operator]], last: BatchNorm | None, fused: Conv) -> RegionProof:
@@ -235,37 +253,3 @@ def replaced_keys(keys: Iterable[str], prefix: str, recipe: Recipe) -> list[str]
     """The keys of one block that its fused kernel replaces."""
     starts = tuple(f"{prefix}{part}." for part in recipe.parts)
     return [k for k in keys if k.startswith(starts)]
-
-
-def lift_block(expected: Mapping[str, Tensor], prefix: str, recipe: Recipe, kernel: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """A fused kernel as the branches of the training form: the first branch carries it, the others are zero.
-
-    ``expected`` gives the shapes, such as a network's own state_dict. The first branch's norm must run with eps 0
-    (see ``carrying_norms``): with mean 0, variance 1 and gain 1 it then adds exactly the bias.
-    """
-    main = recipe.branches[0]
-    lifted: dict[str, Tensor] = {}
-    for key in replaced_keys(expected, prefix, recipe):
-        shape, part = expected[key].shape, key[len(prefix) :]
-        carries = part.startswith((f"{main.conv}.", f"{main.norm}."))
-        if key == f"{prefix}{main.conv}.weight":
-            lifted[key] = kernel
-        elif key == f"{prefix}{main.norm}.bias":
-            lifted[key] = bias
-        elif part.endswith("num_batches_tracked"):
-            lifted[key] = torch.zeros(shape, dtype=torch.int64)
-        else:
-            one = part.endswith("running_var") or (carries and part.endswith(".weight"))
-            lifted[key] = torch.full(shape, float(one), dtype=kernel.dtype)
-    return lifted
-
-
-def carrying_norm(prefix: str, recipe: Recipe) -> str:
-    """The module path of the norm that carries a lifted block's bias."""
-    return f"{prefix}{recipe.branches[0].norm}"
-
-
-def official_recipe(recipe: Recipe) -> Recipe:
-    """The same family under its official names."""
-    return next(r for r in RECIPES if r.family == recipe.family and r.implementation == "official")
-

@@ -16,7 +16,7 @@ from reptool.checkpoint.own import build_own, is_own
 from reptool.checkpoint.read import read_checkpoint
 from reptool.errors import InputError
 from reptool.fusion import fuse
-from reptool.models import card
+from reptool.models import card, list_models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +58,7 @@ def open_source(
     *,
     training_form: bool = False,
     against: Path | None = None,
+    eps: float | None = None,
 ) -> Source:
     """Read a checkpoint and make of it what is exported: its fused form, or on request its training form."""
     start = time.perf_counter()
@@ -67,15 +68,17 @@ def open_source(
         module: nn.Module = build_own(read, model)
         name, arguments, form, extra = model, {}, "training", {}
     else:
-        module, found = module_of(read, model)
+        module, found = module_of(read, model, eps=eps)
         shape = size or card(found.model).input[1:]
         name, arguments, form = found.model, found.arguments, found.form
         extra = _preprocessing(found)
+    if size is not None or name not in list_models():
+        _require_size(module, name, shape)
     given = module
     if form == "training" and not training_form:
         module = fuse(module, (torch.zeros(2, 3, *_small(module, shape)),))
     module, notices = _float32(module)
-    reference = _float32(_original(against, model))[0] if against else (_float32(given)[0] if form == "training" else module)
+    reference = _float32(_original(against, model, eps))[0] if against else (_float32(given)[0] if form == "training" else module)
     metadata = {
         **_chain(read),
         "reptool.version": __version__,
@@ -108,11 +111,26 @@ def _small(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
     return (64, 64) if takes(module, 64, 64) and takes(module, *shape) else shape
 
 
-def _original(path: Path, model: str | None) -> nn.Module:
+def _require_size(module: nn.Module, name: str, shape: tuple[int, int]) -> None:
+    """Refuse an image size that the network does not take."""
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    try:
+        with torch.inference_mode():
+            module(torch.zeros(1, 3, *shape, dtype=dtype))
+    except Exception as error:
+        raise InputError(
+            f"{name} does not take images of {shape[0]}x{shape[1]}",
+            at=name,
+            why=(str(error).splitlines() or [type(error).__name__])[0],
+            do="give the size it was trained with: --img-size H or HxW",
+        ) from error
+
+
+def _original(path: Path, model: str | None, eps: float | None) -> nn.Module:
     read = read_checkpoint(path)
     if model is not None and is_own(model):
         return build_own(read, model)
-    module, found = module_of(read, model)
+    module, found = module_of(read, model, eps=eps)
     if found.form != "training":
         raise InputError(
             f"{path.name} is no training form",

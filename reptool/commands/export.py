@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
-from reptool.commands.options import common, floats, image_size, model_option, overwrite_option, strict_option, verify_option
+from reptool.commands.options import common, eps_option, floats, image_size, model_option, overwrite_option, strict_option, verify_option
 
 if TYPE_CHECKING:
     from reptool.checkpoint.source import Source
@@ -22,6 +22,7 @@ SUFFIX = {"onnx": ".onnx", "torchscript": ".torchscript.pt"}
 @click.option("--format", "file_format", type=click.Choice(list(SUFFIX)), default="onnx", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default beside the source.")
 @model_option
+@eps_option
 @image_size
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 to 23.")
 @click.option("--dynamic", type=click.Choice(["batch", "hw", "none"]), default="batch", show_default=True, help="Axes of free size; hw adds height and width.")
@@ -53,13 +54,22 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
     from reptool.checkpoint.atomic import check_target  # noqa: PLC0415
     from reptool.checkpoint.source import open_source  # noqa: PLC0415
     from reptool.export import export as write  # noqa: PLC0415
+    from reptool.export.onnx import check_options  # noqa: PLC0415
 
     path = source or _only_checkpoint()
     if source is None:
         console.note(f"exporting {path}", quiet=options["quiet"])
     target = output or path.with_name(path.name.removesuffix(path.suffix) + SUFFIX[file_format])
     check_target(target, options["overwrite"], path)
-    opened = open_source(path, options["model"], options["img_size"], training_form=options["training_form"], against=options["against"])
+    check_options(options["opset"], options["dynamic"], options["simplify"])
+    opened = open_source(
+        path,
+        options["model"],
+        options["img_size"],
+        training_form=options["training_form"],
+        against=options["against"],
+        eps=options["eps"],
+    )
     for text in opened.notices:
         console.note(text, quiet=options["quiet"])
     report = write(
@@ -98,8 +108,8 @@ def _only_checkpoint() -> Path:
     found = sorted(Path().glob("*.fused.safetensors")) + sorted(Path().glob("*.fused.pt"))
     if len(found) != 1:
         raise InputError(
-            f"{len(found) or 'no'} fused checkpoints in this folder" if len(found) != 1 else "",
-            at=", ".join(map(str, found)) or str(Path().resolve()),
+            f"{len(found) or 'no'} fused checkpoints in this folder",
+            at=", ".join(map(str, found)) or str(Path.cwd()),
             why="without a name, export takes the one that is there",
             do="name it: reptool export FILE" if found else "make one: reptool fuse CKPT",
         )
@@ -126,7 +136,10 @@ def _metadata(opened: Source, options: dict[str, Any]) -> dict[str, str]:
 def _class_names(path: Path, count: str | None) -> list[str]:
     from reptool.errors import InputError  # noqa: PLC0415
 
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise InputError("the class names cannot be read", at=str(path), why=str(error), do="give a text file in UTF-8") from error
     if count is not None and len(names) != int(count):
         raise InputError(f"{len(names)} class names for {count} classes", at=str(path), do="write one name a line, in the order of the scores")
     return names

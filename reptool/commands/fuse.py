@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
-from reptool.commands.options import common, image_size, model_option, overwrite_option, strict_option, verify_option
+from reptool.commands.options import common, eps_option, image_size, model_option, overwrite_option, strict_option, verify_option
 
 if TYPE_CHECKING:
     from reptool.checkpoint.convert import Conversion
     from reptool.checkpoint.read import Checkpoint
+    from reptool.verify.verdict import Verdict
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default <stem>.fused.safetensors.")
 @model_option
-@click.option("--eps", type=click.FloatRange(min=0, min_open=True), help="Eps of every batch norm; default 1e-5.")
+@eps_option
 @image_size
 @overwrite_option
 @strict_option
@@ -59,7 +60,7 @@ def _fuse_known(read: Checkpoint, model: str | None, target: Path, eps: float | 
         done = convert(read, model, eps=eps or EPS, on_progress=bar)
     for text in done.notices:
         console.note(text, quiet=options["quiet"])
-    _require_conclusive(done, strict=options["strict"])
+    _require_conclusive(done.verdict, strict=options["strict"])
     write_checkpoint(target, done.tensors, metadata(done, read), options["overwrite"], read.path)
     if options["as_json"]:
         console.as_json({**done.to_dict(), "output": str(target), "source_sha256": read.sha256})
@@ -68,13 +69,13 @@ def _fuse_known(read: Checkpoint, model: str | None, target: Path, eps: float | 
     console.next_command(f"reptool export {target} --format onnx")
 
 
-def _require_conclusive(done: Conversion, *, strict: bool) -> None:
+def _require_conclusive(verdict: Verdict, *, strict: bool) -> None:
     from reptool.errors import InconclusiveError  # noqa: PLC0415
 
-    if strict and done.verdict.inconclusive:
+    if strict and verdict.inconclusive:
         raise InconclusiveError(
             "proved region by region, but inconclusive end to end",
-            at="; ".join(str(c) for c in done.verdict.end_to_end if c.passed is None),
+            at="; ".join(str(c) for c in verdict.end_to_end if c.passed is None),
             why="the network amplifies rounding so much that float32 does not reproduce itself",
             do="leave out --strict to accept the proof of the regions",
         )
@@ -103,6 +104,9 @@ def _fuse_own(read: Checkpoint, model: str, target: Path, eps: float | None, opt
 
     fused, verdict = fuse_own(read, model, options["img_size"], eps)
     report: Any = fused.fusion
+    for text in read.notices:
+        console.note(text, quiet=options["quiet"])
+    _require_conclusive(verdict, strict=options["strict"])
     write_checkpoint(target, fused.state_dict(), own_metadata(read, model, verdict), options["overwrite"], read.path)
     if options["as_json"]:
         console.as_json({"schema_version": 1, "output": str(target), "fusion": report.to_dict(), "verdict": verdict.to_dict()})

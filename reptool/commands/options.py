@@ -17,6 +17,9 @@ model_option = click.option(
     metavar="NAME|MODULE:FACTORY",
     help="A network of `reptool models`, or your own code: package.module:factory.",
 )
+eps_option = click.option(
+    "--eps", type=click.FloatRange(min=0, min_open=True), help="Eps of every batch norm; default what the file says, or 1e-5."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 strict_option = click.option("--strict", is_flag=True, help="Exit 5 unless everything could be shown.")
 verify_option = click.option(

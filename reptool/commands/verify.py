@@ -8,26 +8,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
-from reptool.commands.options import common, image_size, model_option, strict_option
+from reptool.commands.options import common, eps_option, image_size, model_option, strict_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
+    Shape = tuple[int | None, int | None, int | None]
+
 
 @click.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @model_option
+@eps_option
 @image_size
 @strict_option
 @common
-def verify(a: Path, b: Path, model: str | None, img_size: tuple[int, int] | None, **options: Any) -> None:
+def verify(a: Path, b: Path, model: str | None, eps: float | None, img_size: tuple[int, int] | None, **options: Any) -> None:
     """Check that B computes what A computes; exit 1 if not.
 
     \b
-    A is a checkpoint, the reference; B a fused checkpoint, an ONNX or a TorchScript file that we wrote.
+    A is a checkpoint, the reference; B a checkpoint or an ONNX file.
 
     \b
     Examples:
@@ -39,9 +42,9 @@ def verify(a: Path, b: Path, model: str | None, img_size: tuple[int, int] | None
     from reptool.verify.endtoend import verify_models  # noqa: PLC0415
     from reptool.verify.verdict import Verdict  # noqa: PLC0415
 
-    reference = open_source(a, model, img_size)
-    candidate, own_size = _candidate(b, model, img_size)
-    checks = verify_models(reference.reference, candidate, _sizes(reference.reference, img_size or own_size), reference.module, name=b.suffix.lstrip("."))
+    reference = open_source(a, model, img_size, eps=eps)
+    candidate, fixed = _candidate(b, model, img_size, eps)
+    checks = verify_models(reference.reference, candidate, _sizes(reference.reference, img_size, fixed), reference.module, name=b.suffix.lstrip("."))
     verdict = Verdict(end_to_end=tuple(checks))
     if options["as_json"]:
         console.as_json({**verdict.to_dict(), "a": str(a), "b": str(b)})
@@ -53,20 +56,25 @@ def verify(a: Path, b: Path, model: str | None, img_size: tuple[int, int] | None
         raise InconclusiveError("inconclusive end to end", why="the network amplifies rounding too much for float32 to tell")
 
 
-def _candidate(path: Path, model: str | None, size: tuple[int, int] | None) -> tuple[Callable[..., Any], tuple[int, int] | None]:
-    """What to run for B, and the image size it asks for, if it does."""
+def _candidate(path: Path, model: str | None, size: tuple[int, int] | None, eps: float | None) -> tuple[Callable[..., Any], Shape]:
+    """What to run for B, and the input shape it asks for; None where an axis is free."""
     if path.suffix == ".onnx":
-        from reptool.export.onnx import onnx_runner  # noqa: PLC0415
+        from reptool.export.runners import onnx_runner  # noqa: PLC0415
         from reptool.runtime import open_model  # noqa: PLC0415
 
-        height, width = (open_model(path).input_shape or (None,) * 4)[-2:]
-        return onnx_runner(path), (height, width) if height and width else None
+        batch, _, height, width = open_model(path).input_shape or (None,) * 4
+        return onnx_runner(path), (batch, height, width)
     from reptool.checkpoint.source import open_source  # noqa: PLC0415
 
-    return open_source(path, model, size).module, None
+    return open_source(path, model, size, eps=eps).module, (None,) * 3
 
 
-def _sizes(network: nn.Module, size: tuple[int, int] | None) -> list[tuple[int, int, int, int]]:
+def _sizes(network: nn.Module, size: tuple[int, int] | None, fixed: Shape) -> list[tuple[int, int, int, int]]:
+    """Input shapes to compare at, as far as B leaves them open."""
     from reptool.checkpoint.load import probe_sizes  # noqa: PLC0415
 
-    return [(2, 3, *size), (3, 3, *size)] if size else probe_sizes(network)
+    batch, height, width = fixed
+    if size is None and height and width:
+        size = (height, width)
+    sizes = [(2, 3, *size), (3, 3, *size)] if size else probe_sizes(network)
+    return list(dict.fromkeys((batch or n, c, h, w) for n, c, h, w in sizes))

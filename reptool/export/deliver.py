@@ -20,7 +20,7 @@ from reptool.export.record import ExportRecord, need, require_eval
 from reptool.export.runners import onnx_runner, torchscript_runner
 from reptool.export.torchscript import append_extra, export_torchscript, read_extra
 from reptool.export.wire import append_metadata, read_metadata, seal, seal_holds
-from reptool.verify.endtoend import INPUTS, verify_models
+from reptool.verify.endtoend import enough_inputs, verify_models
 from reptool.verify.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -158,18 +158,18 @@ def _verify(job: _Job, path: Path, record: ExportRecord) -> Verdict:
     if record.problems:
         return Verdict(artefact=record.problems)
     with job.timed("verify"):
+        candidate, values = _candidate(job, path)
+        count = enough_inputs(values)
+        sizes = _sizes(job, count)
         checks = verify_models(
-            job.reference,
-            _candidate(job, path),
-            _sizes(job),
-            job.null_model,
-            name=_RUNTIME[job.format],
+            job.reference, candidate, sizes, job.null_model, name=_RUNTIME[job.format], inputs=count
         )
     return Verdict(end_to_end=tuple(checks))
 
 
-def _candidate(job: _Job, path: Path) -> Callable[..., Any]:
-    """The written file as a function, its flat outputs in the structure that the module gives them."""
+def _candidate(job: _Job, path: Path) -> tuple[Callable[..., Any], int]:
+    """The written file as a function, its flat outputs in the structure that the module gives them; and how many values
+    one input gives in its smallest output."""
     runner = onnx_runner(path) if job.format == "onnx" else torchscript_runner(path)
     with torch.inference_mode():
         leaves, spec = tree_flatten(job.module(*(x[:1] if job.dynamic != "none" else x for x in job.example)))
@@ -178,15 +178,15 @@ def _candidate(job: _Job, path: Path) -> Callable[..., Any]:
         flat, _ = tree_flatten(runner(*inputs))
         return tree_unflatten(flat, spec) if len(flat) == len(leaves) else flat
 
-    return run
+    return run, min((leaf.numel() // max(1, len(leaf)) for leaf in leaves), default=1)
 
 
-def _sizes(job: _Job) -> list[tuple[tuple[int, ...], ...]]:
-    """The sizes to compare at: eight at once, one at a time, and two of another image size, as far as they are open."""
+def _sizes(job: _Job, count: int) -> list[tuple[tuple[int, ...], ...]]:
+    """The sizes to compare at: all at once, one at a time, and two of another image size, as far as they are open."""
     samples = tuple(tuple(x.shape[1:]) for x in job.example)
     if job.dynamic == "none" and job.format == "onnx":
         return [tuple(tuple(x.shape) for x in job.example)]
-    sizes = [tuple((batch, *sample) for sample in samples) for batch in (INPUTS, 1)]
+    sizes = [tuple((batch, *sample) for sample in samples) for batch in (count, 1)]
     if job.dynamic == "hw":
         sizes.append(tuple((2, *sample) for sample in _other_image_size(job.module, samples)))
     return sizes

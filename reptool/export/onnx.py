@@ -5,7 +5,6 @@ Whether the file computes what the module does is not decided here; see ``delive
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 OPSETS = range(18, 24)
 """Operator sets that the exporter honours and onnxruntime reads; what is asked below 18 would come out as 18."""
-LARGEST_IR = 10
 DYNAMIC = {"none": {}, "batch": {0: "batch"}, "hw": {0: "batch", 2: "height", 3: "width"}}
 """Names of the axes that are left open."""
 
@@ -80,8 +78,8 @@ def _capture(module: nn.Module, example: tuple[Tensor, ...], dynamic: str) -> to
             raise ExportError(
                 f"an input of shape {tuple(x.shape)} has no {axes[max(axes)]}", do="choose another --dynamic"
             )
-    if axes and any(x.shape[0] == 1 for x in example):
-        example = tuple(torch.cat([x, x]) for x in example)
+    double = bool(axes) and any(x.shape[0] == 1 for x in example)
+    example = tuple(torch.cat([x, x]) if double else x.clone() for x in example)  # one tensor twice would be one input
     shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _ in example)
     try:
         with quiet(), torch.no_grad():
@@ -199,8 +197,3 @@ def _with_data(head: Any, data: Any) -> Any:
     tensor.CopyFrom(head)
     tensor.raw_data = data.tobytes()
     return tensor
-
-
-def operator_counts(graph: Any) -> tuple[tuple[str, int], ...]:
-    """How often each operator occurs, by name."""
-    return tuple(sorted(Counter(node.op_type for node in graph.node).items()))

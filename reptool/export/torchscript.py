@@ -1,6 +1,6 @@
 """A module as a TorchScript file, the format that torch has retired and runtimes still read.
 
-The archive is repacked so that it carries no source paths and no time, and equal modules give equal bytes.
+The archive is repacked so that it carries no source paths, no example input and no time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def export_torchscript(
     """
     require_eval(module)
     buffer = io.BytesIO()
+    example = tuple(x.clone() for x in example)  # one tensor given twice would be traced as one input
     try:
         with quiet(), torch.no_grad():
             torch.jit.save(torch.jit.trace(module, example, check_trace=False, strict=True), buffer)  # type: ignore[no-untyped-call]
@@ -42,7 +43,7 @@ def export_torchscript(
         ) from error
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path_tmp, "w") as target:
         for name in source.namelist():
-            if not name.endswith(".debug_pkl"):
+            if not name.endswith(".debug_pkl") and not name.startswith(f"{_ROOT}/traced_inputs"):
                 target.writestr(zipfile.ZipInfo(name, _EPOCH), source.read(name))
     append_extra(path_tmp, metadata or {})
     return ExportRecord(format="torchscript", size=path_tmp.stat().st_size, notice=NOTICE)

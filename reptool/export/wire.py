@@ -39,8 +39,6 @@ def write_model(path: Path, skeleton: Any, tensors: Sequence[tuple[Any, Any]]) -
             f"the model has {total:,} bytes, and an ONNX file holds at most {LARGEST:,}",
             do="export it as torchscript, or in float16",
         )
-    skeleton.graph.Clear()
-    skeleton.graph.name = ""
     rest = type(skeleton)()
     rest.CopyFrom(skeleton)
     rest.ClearField("graph")
@@ -119,7 +117,7 @@ def _fields(file: BinaryIO, wanted: int, end: int) -> Iterator[bytes]:
         elif tag & 7 == 2:
             length = _read_varint(file)
             if length > end - file.tell():
-                raise ValueError(f"a field of {length} bytes at byte {file.tell()} passes the end at {end}")
+                raise ValueError(f"a field of {length} bytes at byte {file.tell()} passes the end, {end}")
             if tag >> 3 == wanted:
                 yield file.read(length)
             else:

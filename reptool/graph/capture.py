@@ -6,6 +6,7 @@ The only place that calls ``torch.export``. Batch, height and width stay symboli
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from dataclasses import dataclass
@@ -113,11 +114,12 @@ def _two_of(example: tuple[Any, ...]) -> tuple[Any, ...]:
 def _export(model: nn.Module, example: tuple[Any, ...]) -> ExportedProgram:
     """Capture with symbolic batch, height and width; with fewer symbols if the model objects."""
     failure: Exception | None = None
+    given = inspect.signature(model.forward).bind(*example).arguments
     with quiet(), torch.no_grad():
         for axes in ((0, 2, 3), (0,), ()):
             try:
-                return torch.export.export(model, example, strict=False, dynamic_shapes=_shapes(example, axes))
-            except Exception as error:  # noqa: BLE001, PERF203  # torch.export raises many kinds; the last one is reported
+                return torch.export.export(model, example, strict=False, dynamic_shapes=_shapes(given, axes))
+            except Exception as error:  # noqa: BLE001  # torch.export raises many kinds; the last one is reported
                 failure = error
     raise CaptureError(
         f"cannot capture {type(model).__name__} as a graph",
@@ -127,14 +129,14 @@ def _export(model: nn.Module, example: tuple[Any, ...]) -> ExportedProgram:
     ) from failure
 
 
-def _shapes(example: tuple[Any, ...], axes: tuple[int, ...]) -> Any:
+def _shapes(given: dict[str, Any], axes: tuple[int, ...]) -> Any:
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return None
         chosen = axes if leaf.dim() >= 4 else axes[:1]
         return {a: torch.export.Dim.AUTO for a in chosen if a < leaf.dim()}
 
-    return pytree.tree_map(of, example)
+    return pytree.tree_map(of, given)
 
 
 def _user_line(error: Exception | None) -> str | None:
@@ -165,10 +167,12 @@ def _captured(program: ExportedProgram) -> Captured:
     if in_spec is None or out_spec is None:
         raise AssertionError("torch.export returned no call spec; please report this")
     inputs = tuple(n for n in holders if n.name in signature.user_inputs)
-    return Captured(program.graph, state, inputs, in_spec, out_spec, _argument_names(program))
+    return Captured(program.graph, state, inputs, in_spec, out_spec, _argument_names(program, in_spec))
 
 
-def _argument_names(program: ExportedProgram) -> tuple[str, ...]:
+def _argument_names(program: ExportedProgram, in_spec: pytree.TreeSpec) -> tuple[str, ...]:
+    """The names of the arguments in the call; empty where the signature gathers them under one name."""
     calls = program.module_call_graph
     names = calls[0].signature.forward_arg_names if calls and calls[0].signature else None
-    return tuple(names or [])
+    fits = names is not None and len(names) == in_spec.child(0).num_children
+    return tuple(names or ()) if fits else ()

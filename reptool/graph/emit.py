@@ -2,95 +2,168 @@
 
 from __future__ import annotations
 
-from math import prod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from reptool.affine.operators import AvgPool, Conv, Identity, Operator, Pad, Scale
-from reptool.graph.naming import region_name
+from reptool.affine.operators import Conv
+from reptool.graph.layers import has_even_border, layer_of, rounded_weights
+from reptool.graph.naming import distinct, module_path, region_path, safe
+from reptool.graph.values import arguments_of
 
 if TYPE_CHECKING:
+    from reptool.affine.operators import Operator
     from reptool.graph.capture import Captured
     from reptool.graph.normalise import Plan, Value
 
 
-class ChannelScale(nn.Module):
-    """A learned gain and shift per channel.
+class Fused(fx.GraphModule):
+    """A fused network: ordinary layers, one line of code a call, and the report of how it was made."""
 
-    Shapes: gain (c), shift (c) or None; ``axis`` is the channel axis, 1 or -1
+    @property
+    def fusion(self) -> Any:
+        """The FusionReport; it stays with copies and pickles."""
+        return self.meta["fusion"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments = super().__reduce__()
+        return _unpickled, (rebuild, arguments)
+
+
+def _unpickled(rebuild: Any, arguments: tuple[Any, ...]) -> Fused:
+    """A pickled module again; the base class would return its own kind."""
+    plain = rebuild(*arguments)
+    module = Fused(plain, plain.graph, "Fused")
+    module.meta.update(arguments[0].get("meta", {}))
+    return module.eval()
+
+
+@dataclass(frozen=True, eq=False)
+class Emitted:
+    """A fused module, and for each rewritten value its name and the nodes that compute it now.
+
+    ``written`` maps every captured node that is still computed to its node in the fused module.
     """
 
-    def __init__(self, gain: Tensor, shift: Tensor | None, axis: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(gain)
-        self.register_parameter("shift", None if shift is None else nn.Parameter(shift))
-        self.axis = axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift each channel."""
-        shape = [1] * x.dim()
-        shape[self.axis] = -1
-        y = x * self.gain.view(shape)
-        return y if self.shift is None else y + self.shift.view(shape)
+    module: Fused
+    names: dict[fx.Node, str]
+    regions: dict[fx.Node, list[fx.Node]]
+    written: dict[fx.Node, fx.Node]
 
 
-def emit(captured: Captured, plan: Plan) -> tuple[fx.GraphModule, dict[fx.Node, str]]:
-    """The fused module, and the name under which each rewritten value stands in it."""
+def emit(captured: Captured, plan: Plan) -> Emitted:
+    """The fused module of a plan; only what the outputs need is written."""
     writer = _Writer(captured, plan)
     for node in captured.graph.nodes:
-        writer.write(node)
+        argument = node.op == "placeholder" and node not in captured.state
+        if argument or node in writer.needed:
+            writer.write(node)
     writer.graph.set_codegen(_codegen(captured))
-    module = fx.GraphModule(writer.root, writer.graph, "Fused")
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
+    module = Fused(writer.root, writer.graph, "Fused")
     module.recompile()
-    return module.eval(), writer.names
+    module.eval()
+    names = {n: writer.names[n] for n in writer.regions}
+    return Emitted(module, names, writer.regions, writer.env)
 
 
 class _Writer:
     def __init__(self, captured: Captured, plan: Plan) -> None:
-        self.captured, self.plan = captured, plan
+        self.captured, self.plan, self.reader = captured, plan, plan.reader
         self.root, self.graph = nn.Module(), fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        self.names: dict[fx.Node, str] = {}
-        self.taken = {name for node, (name, _) in captured.state.items() if self._kept(node)}
+        self.regions: dict[fx.Node, list[fx.Node]] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.shared: dict[Any, str] = {}
+        self.needed = self._needed()
+        kept = [safe(captured.state[n][0]) for n in captured.graph.nodes if n in captured.state and n in self.needed]
+        self.names = distinct(self._wanted(), kept)
 
-    def _kept(self, node: fx.Node) -> bool:
-        """Whether a weight is still read by a node that stays as it was."""
-        return any(u in self.plan.opaque or self._copied(u) for u in node.users)
+    def _needed(self) -> set[fx.Node]:
+        """The nodes that the outputs, and what has side effects, read in the fused graph."""
+        stack = [n for n in self.captured.graph.nodes if n.op == "output" or (n.op == "call_function" and _acts(n))]
+        needed: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                value = self.plan.values.get(node)
+                written = value is not None and (value.rewritten or self._is_layer(value))
+                stack += value.form.atoms if written and value is not None else node.all_input_nodes
+        return needed
 
-    def _copied(self, node: fx.Node) -> bool:
-        value = self.plan.values.get(node)
-        return value is not None and not value.rewritten and _stays(value)
+    def _is_layer(self, value: Value) -> bool:
+        """Whether a value that nothing was merged into is an ordinary convolution or linear layer."""
+        operator = value.form.terms[0].operator
+        return (
+            not value.rewritten
+            and len(value.form.terms) == 1
+            and isinstance(operator, Conv)
+            and has_even_border(operator)
+        )
+
+    def _wanted(self) -> dict[fx.Node, str]:
+        wanted: dict[fx.Node, str] = {}
+        for node, value in self.plan.values.items():
+            if node in self.needed and value.rewritten:
+                wanted[node] = region_path(value, self.reader)
+            elif node in self.needed and self._is_layer(value) and self._key(value) not in self.shared:
+                wanted[node] = self._layer_path(node)
+                self.shared[self._key(value)] = ""
+        self.shared.clear()
+        return wanted
+
+    def _layer_path(self, node: fx.Node) -> str:
+        """The path of a layer that stays: where its weight lies, or the module that computes it."""
+        weight = arguments_of(node)["weight"]
+        if weight not in self.captured.state:
+            return safe(module_path(node) or "layer")
+        holder, _, leaf = self.captured.state[weight][0].rpartition(".")
+        return safe((holder if leaf == "weight" else f"{holder}.{leaf}".lstrip(".")) or "layer")
+
+    def _key(self, value: Value) -> Any:
+        """What makes two layers the same one: their weights and their geometry."""
+        given = arguments_of(value.node)
+        operator = value.form.terms[0].operator
+        fields = {k: v for k, v in vars(operator).items() if not isinstance(v, torch.Tensor)}
+        return given["weight"], given["bias"], str(fields)
 
     def write(self, node: fx.Node) -> None:
-        """Write one node of the captured graph, if it is needed."""
+        """Write one node of the captured graph."""
+        value = self.plan.values.get(node)
         if node in self.captured.state:
-            if self._kept(node):
-                self.env[node] = self._weight(node)
+            self.env[node] = self._weight(node)
         elif node.op == "output":
-            flat = fx.map_arg(node.args[0], self.env.__getitem__)
-            self.graph.output(flat)
-        elif node in self.plan.values and not self._copied(node):
-            self.env[node] = self._region(self.plan.values[node])
-        elif node in self.plan.opaque or node in self.plan.values:
+            self.graph.output(fx.map_arg(node.args[0], self.env.__getitem__))
+        elif value is not None and value.rewritten:
+            self.env[node] = self._region(value)
+        elif value is not None and self._is_layer(value):
+            self.env[node] = self._layer(value)
+        else:
             self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
 
     def _weight(self, node: fx.Node) -> fx.Node:
-        name, tensor = self.captured.state[node]
+        name = safe(self.captured.state[node][0])
         holder, leaf = self._holder(name)
+        tensor = self.captured.state[node][1]
         if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(leaf, nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
+            holder.register_parameter(leaf, self._parameter(node))
         else:
             holder.register_buffer(leaf, tensor.detach().clone())
         written = self.graph.get_attr(name)
         written.meta.update(node.meta)
         return written
+
+    def _parameter(self, node: fx.Node) -> nn.Parameter:
+        """A copy of a weight, one for all who share it."""
+        name, tensor = self.captured.state.get(node) or (node.name, self.reader.tensor(node))
+        if name not in self.parameters:
+            trainable = tensor.requires_grad if node in self.captured.state else True  # type: ignore[union-attr]
+            self.parameters[name] = nn.Parameter(tensor.detach().clone(), trainable)  # type: ignore[union-attr]
+        return self.parameters[name]
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
         """The module that owns a dotted name, made on the way."""
@@ -101,99 +174,64 @@ class _Writer:
             module = module.get_submodule(part)
         return module, leaf
 
+    def _layer(self, value: Value) -> fx.Node:
+        """A convolution or linear layer that nothing was merged into, with its own weights, bit for bit."""
+        term, key = value.form.terms[0], self._key(value)
+        if key not in self.shared:
+            given = arguments_of(value.node)
+            weights = {n: self._parameter(given[n]) for n in ("weight", "bias") if given[n] is not None}
+            self.shared[key] = self.names[value.node]
+            self._add(self.names[value.node], layer_of(term.operator, weights).module)
+        written = self.graph.call_module(self.shared[key], (self.env[term.atom],))  # type: ignore[index]
+        written.meta.update(value.node.meta)
+        return written
+
     def _region(self, value: Value) -> fx.Node:
-        name = region_name(value, self.captured.state, self.taken)
-        self.names[value.node] = name
-        like = _dtype_and_device(value, self.captured)
+        name = self.names[value.node]
+        before = set(self.graph.nodes)
+        dtype, device = value.node.meta["val"].dtype, _device(value, self.plan)
         parts = []
         for index, term in enumerate(value.form.terms):
             path = name if len(value.form.terms) == 1 else f"{name}.{index}"
-            parts.append(self._term(path, term.operator, self.env[term.atom], like))  # type: ignore[index]
+            weights = rounded_weights(term.operator, dtype, device)
+            parts.append(self._term(path, term.operator, weights, self.env[term.atom]))  # type: ignore[index]
         total = parts[0]
         for part in parts[1:]:
             total = self.graph.call_function(torch.add, (total, part))
-        total.meta["val"] = value.node.meta["val"]
+        self.regions[value.node] = [n for n in self.graph.nodes if n not in before]
         return total
 
-    def _term(self, path: str, operator: Operator, atom: fx.Node, like: tuple[torch.dtype, torch.device]) -> fx.Node:
-        if isinstance(operator, Identity):
+    def _term(self, path: str, operator: Operator, weights: dict[str, nn.Parameter], atom: fx.Node) -> fx.Node:
+        layer = layer_of(operator, weights)
+        for amounts, mode in layer.borders:
+            atom = self.graph.call_function(F.pad, (atom, amounts), {"mode": mode})
+        if layer.module is None:
             return atom
-        layer, before = layer_of(operator, *like)
-        holder, leaf = self._holder(path)
-        holder.add_module(leaf, layer)
-        self.taken.add(path)
-        if before:
-            atom = self.graph.call_function(F.pad, (atom, before))
+        self._add(path, layer.module)
         return self.graph.call_module(path, (atom,))
 
+    def _add(self, path: str, layer: nn.Module | None) -> None:
+        holder, leaf = self._holder(path)
+        holder.add_module(leaf, layer)
 
-def _stays(value: Value) -> bool:
-    """A value that nothing was merged into is copied as it was."""
-    return value.sources == {value.node}
+
+def _acts(node: fx.Node) -> bool:
+    """Whether a node does something besides returning a value, such as an assertion."""
+    return node.is_impure(impure_random=False)
 
 
-def _dtype_and_device(value: Value, captured: Captured) -> tuple[torch.dtype, torch.device]:
-    """Those of the weights that went in."""
+def _device(value: Value, plan: Plan) -> torch.device:
+    """That of the weights that went in."""
     for node in sorted(value.sources, key=lambda n: n.name):
         for used in node.all_input_nodes:
-            if used in captured.state:
-                return captured.state[used][1].dtype, captured.state[used][1].device
-    return value.node.meta["val"].dtype, value.node.meta["val"].device
-
-
-_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-def layer_of(operator: Operator, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, list[int]]:
-    """An operator as a torch layer, and the border to put before it where the layer cannot.
-
-    The float64 weights are rounded to ``dtype`` here, once.
-    """
-
-    def weight(tensor: Tensor | None) -> nn.Parameter | None:
-        return None if tensor is None else nn.Parameter(tensor.to(device, dtype))
-
-    match operator:
-        case Scale(gain, shift, axis):
-            return ChannelScale(gain.to(device, dtype), None if shift is None else shift.to(device, dtype), axis), []
-        case Conv() if operator.rank == 0:
-            layer: nn.Module = nn.Linear(operator.in_channels, operator.out_channels, device="meta")
-            before: list[int] = []
-        case Conv():
-            layer, before = _conv_layer(operator)
-        case AvgPool() | Pad():
-            raise AssertionError(f"a lone {type(operator).__name__} should have been copied; please report this")
-        case _:
-            raise AssertionError(f"no layer for {type(operator).__name__}; please report this")
-    layer.weight = weight(operator.kernel)
-    layer.bias = weight(operator.bias)
-    return layer, before
-
-
-def _conv_layer(conv: Conv) -> tuple[nn.Module, list[int]]:
-    even = all(a == b >= 0 for a, b in conv.padding)
-    padding = tuple(a for a, _ in conv.padding) if even else (0,) * conv.rank
-    before = [] if even else [p for pair in reversed(conv.padding) for p in pair]
-    layer = _LAYERS[conv.rank](
-        conv.in_channels,
-        conv.out_channels,
-        conv.window,
-        stride=conv.stride,
-        padding=padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        padding_mode=conv.padding_mode if even and prod(padding) else "zeros",
-        device="meta",
-    )
-    return layer, before
+            tensor = plan.reader.tensor(used)
+            if tensor is not None:
+                return tensor.device
+    device: torch.device = value.node.meta["val"].device
+    return device
 
 
 def _codegen(captured: Captured) -> _PyTreeCodeGen:
     """The call signature and output structure of the original."""
     names = list(captured.argument_names) or [n.name for n in captured.inputs]
     return _PyTreeCodeGen(_PyTreeInfo(names, captured.in_spec, captured.out_spec))
-
-
-def flat_outputs(result: Any) -> list[Any]:
-    """The leaves of a model's result."""
-    return pytree.tree_leaves(result)

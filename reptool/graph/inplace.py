@@ -7,13 +7,9 @@ no view itself), so that renaming its later uses is all that is needed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import fx
 from torch._ops import OpOverload
-
-if TYPE_CHECKING:
-    from torch import fx
 
 _MAY_ALIAS = {"reshape", "flatten", "contiguous", "to", "expand_as", "view_as", "reshape_as", "type_as", "unflatten"}
 """Operators that may return their input under another name without their schema saying so."""
@@ -55,7 +51,7 @@ def _functional(node: fx.Node) -> OpOverload | None:
 
 def _has_one_name(node: fx.Node) -> bool:
     changed = node.args[0] if node.args else None
-    if changed is None or isinstance(changed, (int, float, str)) or getattr(changed, "op", "") != "call_function":
+    if not isinstance(changed, fx.Node) or changed.op != "call_function":
         return False
     own_writes = _writes(changed)
     views = [n for n in changed.users if _aliases(n) and not _writes(n)]

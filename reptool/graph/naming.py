@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import count
 from os.path import commonprefix
 from typing import TYPE_CHECKING
+
+from torch import fx
 
 from reptool.affine.operators import Conv
 
 if TYPE_CHECKING:
-    from torch import Tensor, fx
+    from collections.abc import Iterable, Iterator, Mapping
 
     from reptool.graph.normalise import Value
+    from reptool.graph.read import Reader
+
+_OWN = {"fusion", "meta", "training"}
+"""Attributes of a fused module that are not visible on the class."""
 
 
 def module_path(node: fx.Node) -> str:
@@ -20,19 +27,49 @@ def module_path(node: fx.Node) -> str:
     return str(paths[-1]).removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
 
 
-def region_name(value: Value, state: dict[fx.Node, tuple[str, Tensor]], taken: set[str]) -> str:
-    """A free name for a rewritten value.
+def safe(name: str) -> str:
+    """A dotted name whose first part is no attribute of the fused module itself."""
+    first, dot, rest = name.partition(".")
+    return f"{first}_{dot}{rest}" if first in _OWN or hasattr(fx.GraphModule, first) else name
+
+
+def region_path(value: Value, reader: Reader) -> str:
+    """The path a rewritten value asks for.
 
     One layer with weights keeps that layer's path, several get the innermost module that holds them all.
     """
-    heavy = [n for n in value.sources if any(u in state and state[u][1].dim() > 1 for u in n.all_input_nodes)]
+    heavy = [
+        n for n in value.sources if any(t is not None and t.dim() > 1 for t in map(reader.tensor, n.all_input_nodes))
+    ]
     paths = sorted({module_path(n) for n in (heavy or value.sources)})
     name = paths[0] if len(paths) == 1 else ".".join(commonprefix([p.split(".") for p in paths]))
     several = len(value.form.terms) > 1 or any(isinstance(t.operator, Conv) for t in value.form.terms)
-    base = name or ("fused" if several else "scale")
-    free, count = base, 1
-    while any(t == free or t.startswith(f"{free}.") or free.startswith(f"{t}.") for t in taken):
-        free = f"{base}.fused" if count == 1 else f"{base}.fused{count}"
-        count += 1
-    taken.add(free)
-    return free
+    return safe(name or ("fused" if several else "scale"))
+
+
+def distinct(wanted: Mapping[fx.Node, str], kept: Iterable[str]) -> dict[fx.Node, str]:
+    """The wanted paths, changed where two are the same or one lies inside the other.
+
+    ``kept`` are the names of weights that stay; nothing may be called like them, or lie above them.
+    """
+    used = set(kept)
+    everything = used | set(wanted.values())
+    names: dict[fx.Node, str] = {}
+    for node, base in wanted.items():
+        names[node] = next(c for c in _candidates(base) if _free(c, base, used, everything))
+        used.add(names[node])
+        everything.add(names[node])
+    return names
+
+
+def _candidates(base: str) -> Iterator[str]:
+    yield base
+    for number in count(2):
+        yield f"{base}_{number}"
+        yield f"{base}.fused" if number == 2 else f"{base}.fused_{number - 1}"
+
+
+def _free(name: str, base: str, used: set[str], everything: set[str]) -> bool:
+    above = any(name.startswith(f"{other}.") for other in used)
+    below = any(other.startswith(f"{name}.") for other in everything)
+    return name not in used and (name == base or name not in everything) and not above and not below

@@ -8,6 +8,7 @@ so that nothing large is computed only to be refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -15,7 +16,8 @@ from torch import fx
 from reptool.affine.form import Form, Term, collect, outline, substitute
 from reptool.affine.operators import Operator, Refusal
 from reptool.graph.cost import Cost, addition
-from reptool.graph.read import Reader, sizes_of
+from reptool.graph.read import Reader
+from reptool.graph.values import sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -44,6 +46,7 @@ class Plan:
 
     values: dict[fx.Node, Value]
     opaque: dict[fx.Node, str]
+    reader: Reader
 
 
 def normalise(captured: Captured, cost: Cost) -> Plan:
@@ -63,7 +66,7 @@ def normalise(captured: Captured, cost: Cost) -> Plan:
     rewriter = _Rewriter(values, cost, [n for n in captured.graph.nodes if n in opaque])
     while rewriter.sweep():
         pass
-    return Plan({n: v for n, v in values.items() if rewriter.uses[n]}, opaque)
+    return Plan({n: v for n, v in values.items() if rewriter.uses[n]}, opaque, reader)
 
 
 class _Rewriter:
@@ -86,7 +89,7 @@ class _Rewriter:
 
     def _improve(self, value: Value) -> bool:
         for atom in dict.fromkeys(value.form.atoms):
-            inner = self.values.get(atom)  # type: ignore[arg-type]  # atoms of this graph are its nodes
+            inner = self.values.get(atom) if isinstance(atom, fx.Node) else None
             if inner is not None and self._try(value, inner):
                 return True
         return self._gather(value)
@@ -102,8 +105,8 @@ class _Rewriter:
         shared = self.uses[inner.node] > value.form.atoms.count(inner.node)
         before = self._estimate(value.form, shape) + self._estimate(inner.form, sizes_of(inner.node))
         after = self._estimate(trial, shape) + (self._estimate(inner.form, sizes_of(inner.node)) if shared else 0)
-        if after > before * (1 + 1e-9):
-            value.kept_apart[inner.node] = f"merging would raise the estimate from {before:.0f} to {after:.0f} us"
+        if not _is_worth(before, after):
+            value.kept_apart[inner.node] = f"merging would raise the estimate from {before:.3g} to {after:.3g} us"
             return False
         self._replace(value, inner, shape)
         return True
@@ -149,8 +152,8 @@ class _Rewriter:
                 self._release(atom)
 
     def _estimate(self, form: Form, shape: tuple[int, ...]) -> float:
-        adds = (len(form.terms) - 1) * addition(shape)
-        return adds + sum(self.cost(t.operator, sizes_of(t.atom), shape) for t in form.terms)  # type: ignore[arg-type]
+        costs = [self.cost(t.operator, sizes_of(t.atom), shape) for t in form.terms]  # type: ignore[arg-type]
+        return (len(form.terms) - 1) * addition(shape) + sum(costs, start=0.0)
 
     def _worth(self, shape: tuple[int, ...]) -> _Worth:
         return _Worth(self.cost, shape)
@@ -166,10 +169,13 @@ class _Worth:
     def __call__(self, atom: Hashable, one: Operator, other: Operator, merged: Operator) -> bool:
         before = sizes_of(atom)  # type: ignore[arg-type]
         apart = self.cost(one, before, self.shape) + self.cost(other, before, self.shape) + addition(self.shape)
-        return self.cost(merged, before, self.shape) <= apart * (1 + 1e-9)
+        return _is_worth(apart, self.cost(merged, before, self.shape))
+
+
+def _is_worth(before: float, after: float) -> bool:
+    """Whether an estimate does not rise, up to rounding; an infinite one is never worth it."""
+    return isfinite(after) and after <= before + 1e-9 * abs(before)
 
 
 def _outlined(form: Form) -> Form:
     return Form(tuple(Term(t.atom, outline(t.operator)) for t in form.terms))
-
-

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from reptool.affine.form import Form, Term
 from reptool.affine.lower import norm_is_scale
 from reptool.affine.operators import AvgPool, BatchNorm, Conv, Identity, Operator, Pad, Refusal, Scale, double
+from reptool.graph.values import Weights, arguments_of, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +26,8 @@ _END = 2**62
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class Reader(Weights):
     """Reads nodes, given the values of the weights."""
-
-    state: dict[fx.Node, tuple[str, Tensor]]
 
     def __call__(self, node: fx.Node) -> Reading:
         """The form of a node over its input nodes."""
@@ -37,28 +36,21 @@ class Reader:
         read = _TABLE.get(node.target)
         if read is None:
             return Refusal(f"{_name(node)} is not affine, or not read")
-        if not isinstance(node.meta.get("val"), Tensor):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
             return Refusal(f"{_name(node)} does not return one tensor")
-        schema = node.target._schema  # type: ignore[union-attr]  # noqa: SLF001
-        values = {a.name: a.default_value for a in schema.arguments}
-        values |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-        return read(self, node, values)
+        if self.tensor(node) is not None:
+            return Refusal("it is a constant")
+        if not value.is_floating_point() or any(
+            self._dtype(n) not in {None, value.dtype} for n in node.all_input_nodes
+        ):
+            return Refusal(f"{_name(node)} does not compute in one floating dtype")
+        return read(self, node, arguments_of(node))
 
-    def constant(self, argument: Any) -> Tensor | None:
-        """The value of a weight in float64, or None if the argument is not a weight."""
-        if not isinstance(argument, fx.Node) or argument not in self.state:
-            return None
-        return self.state[argument][1].detach().to("cpu", torch.float64)
-
-
-def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The shape of a node's value; symbolic entries stay symbolic."""
-    return tuple(node.meta["val"].shape)
-
-
-def sizes_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a node's value at the example's sizes."""
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in shape_of(node))
+    def _dtype(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype of a value; None for weights, whose dtype follows the value's, and for sizes."""
+        value = node.meta.get("val")
+        return value.dtype if isinstance(value, Tensor) and self.tensor(node) is None else None
 
 
 def _name(node: fx.Node) -> str:
@@ -119,7 +111,7 @@ def _identity(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     if v.get("train"):
         return Refusal("dropout in training is random")
     value = v.get("input", v.get("self"))
-    if not isinstance(value, fx.Node) or value in reader.state or len(shape_of(value)) < 2:
+    if not isinstance(value, fx.Node) or reader.tensor(value) is not None or len(shape_of(value)) < 2:
         return Refusal("it has no channel axis")
     return _one(value, Identity(_channels(value)))
 
@@ -143,7 +135,7 @@ def _sum(reader: Reader, node: fx.Node, a: Any, b: Any, weight_a: float, weight_
     terms: list[Term] = []
     constants: list[tuple[Any, float]] = []
     for value, weight in ((a, weight_a), (b, weight_b)):
-        if not isinstance(value, fx.Node) or value in reader.state:
+        if not isinstance(value, fx.Node) or reader.tensor(value) is not None:
             constants.append((value, float(weight)))
         elif value.meta["val"].dtype != node.meta["val"].dtype or shape_of(value) != shape_of(node):
             return Refusal("it broadcasts one value over another")
@@ -152,12 +144,14 @@ def _sum(reader: Reader, node: fx.Node, a: Any, b: Any, weight_a: float, weight_
         else:
             terms.append(Term(value, _times(node, float(weight))))
     for value, weight in constants:
+        if value == 0:
+            continue
         found = _vector(reader, node, value)
         if isinstance(found, Refusal) or not terms:
             return found if isinstance(found, Refusal) else Refusal("it is a constant")
         vector, axis = found
-        gain = terms[0].operator.gain if isinstance(terms[0].operator, Scale) else torch.ones_like(vector)
-        terms[0] = Term(terms[0].atom, Scale(gain, vector * weight, axis))
+        factor = float(weight_b if terms[0].atom is b else weight_a)
+        terms[0] = Term(terms[0].atom, Scale(torch.full_like(vector, factor), vector * weight, axis))
     return Form(tuple(terms))
 
 
@@ -175,7 +169,7 @@ def _times(node: fx.Node, factor: float) -> Operator:
 
 def _mul(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     value, factor = v["self"], v["other"]
-    if not isinstance(value, fx.Node) or value in reader.state:
+    if not isinstance(value, fx.Node) or reader.tensor(value) is not None:
         value, factor = factor, value
     return _scaled(reader, node, value, factor, invert=False)
 
@@ -187,7 +181,7 @@ def _div(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
 
 
 def _scaled(reader: Reader, node: fx.Node, value: Any, factor: Any, *, invert: bool) -> Reading:
-    if not isinstance(value, fx.Node) or value in reader.state or shape_of(value) != shape_of(node):
+    if not isinstance(value, fx.Node) or reader.tensor(value) is not None or shape_of(value) != shape_of(node):
         return Refusal("it is a product of two values")
     found = _vector(reader, node, factor)
     if isinstance(found, Refusal):
@@ -214,9 +208,9 @@ def _vector(reader: Reader, node: fx.Node, value: Any) -> tuple[Tensor, int] | R
 
 
 def _avg_pool(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
-    if v["self"].meta["val"].dim() < 3:
-        return Refusal("its input has no channel axis")
-    rank = v["self"].meta["val"].dim() - 2
+    rank = int(_name(node)[-2])
+    if v["self"].meta["val"].dim() != rank + 2:
+        return Refusal("its input has no batch axis")
     window = _axes(v["kernel_size"], rank)
     stride = _axes(v["stride"], rank) if v["stride"] else window
     options = (bool(v["ceil_mode"]), bool(v["count_include_pad"]), v.get("divisor_override"))
@@ -241,9 +235,13 @@ def _slice(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     value, rank = v["self"], v["self"].meta["val"].dim() - 2
     axis = v["dim"] % (rank + 2) - 2 if rank > 0 else -1
     start, end = v["start"] or 0, _END if v["end"] is None else v["end"]
+    if start == 0 and isinstance(end, int) and end >= _END and v["step"] == 1:
+        return _identity(reader, node, v)
     if axis < 0 or v["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
         return Refusal("it is no crop of a window axis")
     size = shape_of(value)[axis + 2]
+    if isinstance(size, int) and start >= size:
+        return Refusal("it is empty")
     if start < 0 or (0 <= end < _END and not isinstance(size, int)):
         return Refusal("it keeps a fixed number of samples of an axis of any size")
     after = end if end < 0 else (0 if end >= _END else min(end - int(size), 0))

@@ -24,6 +24,8 @@ LIMIT = 2.0
 """Accepted error over noise; correct networks reach 1.5, in torch and in onnxruntime."""
 RESOLUTION = 1e-3
 """Noise above which float32 itself does not reproduce the network, and nothing is concluded."""
+VALUES = 2000
+"""Output values that are enough to estimate a root mean square by."""
 INPUTS, COPIES, EXTRA_INPUTS = 8, 4, 4
 """Inputs at the first size, dithered copies at each size, inputs at further sizes."""
 DITHER = 1 / 6
@@ -88,6 +90,14 @@ def mismatch(reference: Any, got: Any) -> str:
     return ""
 
 
+def enough_inputs(values: int) -> int:
+    """How many inputs to compare when each gives that many output values: the noise is a mean over all of them.
+
+    Eight, or as few as give two thousand values; two at least, since a single input is no sample.
+    """
+    return min(INPUTS, max(2, -(-VALUES // max(1, values))))
+
+
 def inputs_for(shape: Sequence[int], n: int = INPUTS, seed: int = 0) -> Tensor:
     """Seeded inputs that are not alike: noise, one with a single entry, a constant, a ramp, then noise.
 
@@ -96,7 +106,8 @@ def inputs_for(shape: Sequence[int], n: int = INPUTS, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     batch = torch.randn(n, *shape, generator=generator)
     entry = torch.zeros(shape)
-    entry.view(-1)[entry.numel() // 2 :: max(1, math.prod(shape[1:]))] = 4.0
+    rows = entry.view(shape[0] if len(shape) > 1 else 1, -1)
+    rows[:, rows.shape[1] // 2] = 4.0
     ramp = torch.linspace(-2.0, 2.0, entry.numel()).view(tuple(shape))
     for index, special in zip(range(1, n), (entry, torch.full(tuple(shape), 0.5), ramp), strict=False):
         batch[index] = special
@@ -112,6 +123,7 @@ def verify_models(
     *,
     seed: int = 0,
     name: str = "torch",
+    inputs: int = INPUTS,
 ) -> list[EndToEnd]:
     """The candidate against the float64 run of the reference, at each size.
 
@@ -127,10 +139,10 @@ def verify_models(
         groups.setdefault(tuple(shape[1:] for shape in shapes), []).append(shapes[0][0])
     results = []
     for index, (samples, batches) in enumerate(groups.items()):
-        least = INPUTS if index == 0 else EXTRA_INPUTS
+        least = inputs if index == 0 else min(inputs, EXTRA_INPUTS)
         count = -(-least // batches[0]) * batches[0]
-        inputs = tuple(inputs_for(s, count, seed + 1000 * index + k) for k, s in enumerate(samples))
-        group = _Group(reference, null_model, inputs, probability, seed)
+        images = tuple(inputs_for(s, count, seed + 1000 * index + k) for k, s in enumerate(samples))
+        group = _Group(reference, null_model, images, probability, seed)
         results += [group.check(candidate, batch, name) for batch in batches]
     return results
 

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from reptool.verify import EndToEnd, Verdict, check_end_to_end, compare, inputs_for, verify_models
-from reptool.verify.verdict import RegionProof
 from torch import nn
 from verify.nets import fused_net, training_net
+
+from reptool.verify import EndToEnd, Verdict, check_end_to_end, compare, inputs_for, verify_models
+from reptool.verify.verdict import RegionProof
 
 SIZE = [(8, 3, 10, 10)]
 
@@ -26,7 +27,7 @@ def test_correct_networks_are_accepted():
         net = training_net(seed, depth=2 + seed % 8)
         ratios.append(_worst(net, fused_net(net))[0])
     assert len(ratios) == 40
-    assert 0.2 < min(ratios)
+    assert min(ratios) > 0.2
     assert max(ratios) < 2
 
 
@@ -34,7 +35,11 @@ def test_further_sizes_are_calibrated_too():
     """One input at a time, and another image size, are held to copies of their own."""
     net = training_net(3)
     checks = _worst(net, fused_net(net), [(8, 3, 10, 10), (1, 3, 10, 10), (2, 3, 13, 17)])[1]
-    assert [check.label for check in checks] == ["torch, batch 8, 10x10", "torch, batch 1, 10x10", "torch, batch 2, 13x17"]
+    assert [check.label for check in checks] == [
+        "torch, batch 8, 10x10",
+        "torch, batch 1, 10x10",
+        "torch, batch 2, 13x17",
+    ]
     assert all(check.passed for check in checks)
 
 
@@ -167,7 +172,7 @@ def test_inputs_are_seeded_and_not_alike():
     x = inputs_for((3, 6, 6), 8, seed=4)
     assert torch.equal(x, inputs_for((3, 6, 6), 8, seed=4))
     assert not torch.equal(x, inputs_for((3, 6, 6), 8, seed=5))
-    assert [int(v.count_nonzero()) for v in x[1:3]] == [2, 108] or int(x[1].count_nonzero()) > 0
+    assert [int(v.count_nonzero()) for v in x[1:3]] == [3, 108]
     assert float(x[2].std()) == 0
     assert len({v.numpy().tobytes() for v in x}) == 8
 

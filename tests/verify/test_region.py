@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from reptool.verify import prove_region, stored_is_rounded
 
 

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from reptool.verify import DITHER, dithered_run, float64_run
-from reptool.verify.runs import _dither
 from torch import nn
 from verify.nets import training_net
+
+from reptool.verify import DITHER, dithered_run, float64_run
+from reptool.verify.runs import _dither
 
 
 class Shared(nn.Module):
@@ -25,7 +26,7 @@ class Shared(nn.Module):
 
     def forward(self, x):
         """The model."""
-        return self.b(self.a(self.a(x) * self.mask)) [:, self.index] * self.scale
+        return self.b(self.a(self.a(x) * self.mask))[:, self.index] * self.scale
 
 
 class Reaching(nn.Module):
@@ -114,7 +115,7 @@ def test_dithered_run_is_seeded():
 def test_dither_moves_by_one_ulp(dtype):
     """The asked fraction moves, up and down alike, each by one ulp; zeros and infinities stay."""
     weights = torch.randn(20000).to(dtype)
-    weights[:4] = torch.tensor([0.0, torch.inf, -torch.inf, torch.finfo(dtype).max])
+    weights[:4] = torch.tensor([0.0, torch.inf, -torch.inf, torch.finfo(dtype).max], dtype=dtype)
     moved = _dither(weights, 0, 1 / 6)
     away = torch.nextafter(weights, torch.sign(weights) * torch.inf)
     towards = torch.nextafter(weights, torch.zeros_like(weights))

@@ -1,0 +1,62 @@
+"""What is known of a captured node before it is read: its shape, its arguments, and its value if that is constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a node's value; symbolic entries stay symbolic."""
+    return tuple(node.meta["val"].shape)
+
+
+def sizes_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's value at the example's sizes."""
+    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in shape_of(node))
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an ATen call by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]  # noqa: SLF001  # an OpOverload
+    given = dict(zip((a.name for a in schema), node.args, strict=False))
+    return {a.name: a.default_value for a in schema} | given | node.kwargs
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The values of the weights, and of what is computed from weights alone, such as a weight norm."""
+
+    state: dict[fx.Node, tuple[str, Tensor]]
+    computed: dict[fx.Node, Tensor | None] = field(default_factory=dict)
+
+    def tensor(self, argument: Any) -> Tensor | None:
+        """The value of a weight, or of what is computed from weights alone; None for everything else."""
+        if not isinstance(argument, fx.Node):
+            return None
+        if argument in self.state:
+            return self.state[argument][1].detach()
+        if argument not in self.computed:
+            self.computed[argument] = self._compute(argument)
+        return self.computed[argument]
+
+    def _compute(self, node: fx.Node) -> Tensor | None:
+        fixed = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
+        if not fixed or not node.all_input_nodes or not isinstance(node.meta.get("val"), Tensor):
+            return None
+        inputs = {n: self.tensor(n) for n in node.all_input_nodes}
+        if any(value is None for value in inputs.values()):
+            return None
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), inputs.__getitem__)
+        with torch.no_grad():
+            result = node.target(*args, **kwargs)  # type: ignore[operator]  # an OpOverload, see above
+        return result if isinstance(result, Tensor) else None
+
+    def constant(self, argument: Any) -> Tensor | None:
+        """The value of a weight in float64, or None if the argument is not constant."""
+        value = self.tensor(argument)
+        return None if value is None else value.to("cpu", torch.float64)
