@@ -15,12 +15,21 @@ if TYPE_CHECKING:
     from reptool.checkpoint.recipes import Recipe
 
 
-class Nothing(nn.Module):
-    """A branch that is not there: what it adds to a sum is zero."""
+class _Zero:
+    """What added to a tensor gives that very tensor, so that no graph holds the addition."""
 
-    def forward(self, _: Tensor) -> float:
+    def __add__(self, other: Tensor) -> Tensor:
+        return other
+
+    __radd__ = __add__
+
+
+class Nothing(nn.Module):
+    """A branch that is not there."""
+
+    def forward(self, _: Tensor) -> _Zero:
         """Add nothing."""
-        return 0.0
+        return _Zero()
 
 
 def into_deploy_form(network: nn.Module, keys: Container[str]) -> dict[str, str]:

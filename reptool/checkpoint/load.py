@@ -41,11 +41,12 @@ def load(path: str | os.PathLike[str], model: str | None = None) -> nn.Module:
 
 
 def module_of(
-    checkpoint: Checkpoint, model: str | None = None, *, eps: float | None = None
+    checkpoint: Checkpoint, model: str | None = None, *, eps: float | None = None, tidy: bool = True
 ) -> tuple[nn.Module, Recognition]:
     """The network of a checkpoint that was read, in eval mode, and what it was recognised as.
 
-    Every norm gets ``eps``; by default what the file's metadata says, else what torch takes.
+    Every norm gets ``eps``; by default what the file's metadata says, else what torch takes. Without ``tidy`` a deploy
+    form with nothing left to fuse is returned as its own class, which is quicker; what it computes is the same.
     """
     check_health(checkpoint.tensors)
     eps = _recorded_eps(checkpoint.metadata) if eps is None else eps
@@ -54,6 +55,8 @@ def module_of(
     if found.form == "training":
         return assigned(found, checkpoint.tensors, eps), found
     network = deployed(found, checkpoint.tensors, eps)
+    if not tidy and not any(isinstance(m, _NORMS) for m in network.modules()):
+        return network, found
     return fuse(network, (torch.zeros(probe_sizes(network)[0], dtype=_dtype(network)),)), found
 
 

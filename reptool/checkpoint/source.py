@@ -68,7 +68,7 @@ def open_source(
         module: nn.Module = build_own(read, model)
         name, arguments, form, extra = model, {}, "training", {}
     else:
-        module, found = module_of(read, model, eps=eps)
+        module, found = module_of(read, model, eps=eps, tidy=False)
         shape = size or card(found.model).input[1:]
         name, arguments, form = found.model, found.arguments, found.form
         extra = _preprocessing(found)

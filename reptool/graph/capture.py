@@ -49,7 +49,7 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
     """
     refuse_training(model)
     refuse_hooks(model)
-    program = _export(model, _two_of(example))
+    program = _export(model, example)
     if not make_functional(program.graph):
         with quiet():
             program = program.run_decompositions({})
@@ -114,11 +114,13 @@ def _two_of(example: tuple[Any, ...]) -> tuple[Any, ...]:
 def _export(model: nn.Module, example: tuple[Any, ...]) -> ExportedProgram:
     """Capture with symbolic batch, height and width; with fewer symbols if the model objects."""
     failure: Exception | None = None
-    given = inspect.signature(model.forward).bind(*example).arguments
+    doubled = _two_of(example)
+    attempts = [(doubled, (0, 2, 3)), (doubled, (0,)), (example, ())]
     with quiet(), torch.no_grad():
-        for axes in ((0, 2, 3), (0,), ()):
+        for inputs, axes in attempts:
+            given = inspect.signature(model.forward).bind(*inputs).arguments
             try:
-                return torch.export.export(model, example, strict=False, dynamic_shapes=_shapes(given, axes))
+                return torch.export.export(model, inputs, strict=False, dynamic_shapes=_shapes(given, axes))
             except Exception as error:  # noqa: BLE001  # torch.export raises many kinds; the last one is reported
                 failure = error
     raise CaptureError(

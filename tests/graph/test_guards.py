@@ -370,3 +370,15 @@ def test_adaptive_pool_is_right_at_other_sizes():
     for size in ((16, 16), (20, 24), (32, 32), (7, 9)):
         assert error(model, fused, noise(2, 3, *size)) <= TOLERANCE
         assert error(inplace, other, noise(2, 4, *size)) <= TOLERANCE
+
+
+def test_batch_of_one_that_cannot_be_doubled():
+    """A model that takes one image only is captured with one."""
+    model = randomised(Lambda(lambda s, x: s.conv(x).view(1, 4 * 9 * 11), **parts()))
+    fused_equal(model, noise(1, 4, 9, 11))
+
+
+def test_length_stays_free():
+    """A network with one window axis runs at other lengths."""
+    model = randomised(nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.AdaptiveAvgPool1d(1)))
+    assert error(model, fuse(model, (noise(2, 4, 9),)), noise(3, 4, 17)) <= TOLERANCE
