@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -64,6 +66,20 @@ def _be_a_good_neighbour() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.set_threshold(50_000, 50, 50)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library use freed memory again instead of asking the system for fresh, zeroed pages each time.
+
+    Weights come and go by the hundred megabytes; page faults were a quarter of the time on repvgg_b3. Only glibc has
+    this call; elsewhere nothing changes.
+    """
+    mmap_max, trim_threshold, largest = -4, -1, 2**31 - 1
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, largest)
 
 
 def _code(arguments: list[str], *, debug: bool) -> int:

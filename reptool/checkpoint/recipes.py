@@ -228,8 +228,7 @@ def _prove(name: str, paths: list[list[Operator]], last: BatchNorm | None, fused
     """The branches as they were against the fused kernel, on two dense random images with every border."""
     side = 2 * max(fused.window) + 1
     generator = torch.Generator().manual_seed(0)
-    shape = (1, fused.in_channels, side, side + 1)
-    images = [(torch.randn(shape, generator=generator, dtype=torch.float64),) for _ in range(2)]
+    images = torch.randn(2, fused.in_channels, side, side + 1, generator=generator, dtype=torch.float64)
 
     def original(x: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -240,7 +239,7 @@ def _prove(name: str, paths: list[list[Operator]], last: BatchNorm | None, fused
             total = y if total is None else total + y
         return total if last is None else run(last, total)  # type: ignore[arg-type, return-value]
 
-    return prove_region(name, original, lambda x: run(fused, x), images)
+    return prove_region(name, original, lambda x: run(fused, x), [(images,)])
 
 
 def fused_tensors(block: FusedBlock, like: Tensor) -> dict[str, Tensor]:

@@ -74,11 +74,14 @@ def open_source(
         extra = _preprocessing(found)
     if size is not None or name not in list_models():
         _require_size(module, name, shape)
+    module, notices = _float32(module)
     given = module
     if form == "training" and not training_form:
         module = fuse(module, (torch.zeros(2, 3, *_small(module, shape)),))
-    module, notices = _float32(module)
-    reference = _float32(_original(against, model, eps))[0] if against else (_float32(given)[0] if form == "training" else module)
+    if against:
+        reference = _float32(_original(against, model, eps))[0]
+    else:
+        reference = given if form == "training" else module
     metadata = {
         **_chain(read),
         "reptool.version": __version__,
@@ -143,7 +146,7 @@ def _original(path: Path, model: str | None, eps: float | None) -> nn.Module:
 
 def _float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """Half precision as float32, which holds every value exactly: few CPU kernels take it otherwise."""
-    halves = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALF]
-    if not halves:
+    half = next((t.dtype for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALF), None)
+    if half is None:
         return module, ()
-    return module.float(), (f"half-precision weights ({halves[0].dtype}) are exported as float32, value for value",)
+    return module.float(), (f"half-precision weights ({half}) are exported as float32, value for value",)

@@ -26,8 +26,8 @@ RESOLUTION = 1e-3
 """Noise above which float32 itself does not reproduce the network, and nothing is concluded."""
 VALUES = 2000
 """Output values that are enough to estimate a root mean square by."""
-INPUTS, COPIES, EXTRA_INPUTS = 8, 4, 4
-"""Inputs at the first size, dithered copies at each size, inputs at further sizes."""
+INPUTS, COPIES, EXTRA_INPUTS, EXTRA_COPIES = 8, 4, 4, 3
+"""Inputs and dithered copies at the first size, and at further sizes."""
 DITHER = 1 / 6
 """The probability that gives a copy's weights the error variance of a stochastic rounding, 1/6 ulp^2."""
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -142,7 +142,7 @@ def verify_models(
         least = inputs if index == 0 else min(inputs, EXTRA_INPUTS)
         count = -(-least // batches[0]) * batches[0]
         images = tuple(inputs_for(s, count, seed + 1000 * index + k) for k, s in enumerate(samples))
-        group = _Group(reference, null_model, images, probability, seed)
+        group = _Group(reference, null_model, images, probability, range(seed, seed + (EXTRA_COPIES if index else COPIES)))
         results += [group.check(candidate, batch, name) for batch in batches]
     return results
 
@@ -151,9 +151,9 @@ class _Group:
     """The reference and the noise at one sample size, shared by the batch sizes that are checked on it."""
 
     def __init__(
-        self, reference: nn.Module, null_model: nn.Module, inputs: tuple[Tensor, ...], probability: float, seed: int
+        self, reference: nn.Module, null_model: nn.Module, inputs: tuple[Tensor, ...], probability: float, seeds: range
     ) -> None:
-        self.reference, self.null_model, self.probability, self.seed = reference, null_model, probability, seed
+        self.reference, self.null_model, self.probability, self.seeds = reference, null_model, probability, seeds
         self.dtype = _dtype(null_model)
         self.inputs = tuple(x.to(self.dtype) for x in inputs)
         self.whole = self._compute(len(inputs[0]))
@@ -181,8 +181,7 @@ class _Group:
         reference = in_batches(partial(float64_run, self.reference), self.inputs, batch)
         same = self.null_model is self.reference
         centre = reference if same else in_batches(partial(float64_run, self.null_model), self.inputs, batch)
-        seeds = range(self.seed, self.seed + COPIES)
-        return reference, centre, [in_batches(partial(self._dithered, seed), self.inputs, batch) for seed in seeds]
+        return reference, centre, [in_batches(partial(self._dithered, seed), self.inputs, batch) for seed in self.seeds]
 
     def _dithered(self, seed: int, x: tuple[Tensor, ...]) -> Any:
         return dithered_run(self.null_model, x, seed, self.probability)

@@ -11,6 +11,7 @@ from checkpoint.narrow import ACNET, REPVGG, network, state
 from torch import nn
 
 from reptool.checkpoint import convert as convert_module
+from reptool.checkpoint import recipes
 from reptool.checkpoint.architectures import recognise
 from reptool.checkpoint.convert import convert, metadata
 from reptool.checkpoint.load import assigned, deployed
@@ -292,3 +293,16 @@ def test_region_proof_has_teeth(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "fused_tensors", faulty)
     with pytest.raises((InputError, NotEquivalentError), match=r"stage0|rbr_reparam"):
         convert(read(tmp_path, state()))
+
+
+@pytest.mark.parametrize("name", ["repvgg-net-w025-g2", "acnet-resnet8-narrow", "timm-repvgg-narrow-g2"])
+def test_pieces_give_the_same_bits(name, monkeypatch):
+    """A block that is fused a few output channels at a time has the same weights, bit for bit, groups included."""
+    tensors = golden_vectors.load(name).train
+    whole = convert_module._fuse_all(tensors, 1e-5, None)[0]
+    monkeypatch.setattr(recipes, "_PIECE", 300)
+    prefix, recipe = max(blocks(tensors), key=lambda found: tensors[f"{found[0]}{found[1].branches[0].conv}.weight"].numel())
+    assert len(list(recipes.pieces(tensors, prefix, recipe))) > 1
+    pieces = convert_module._fuse_all(tensors, 1e-5, None)[0]
+    assert whole.keys() == pieces.keys()
+    assert all(torch.equal(whole[key], pieces[key]) for key in whole)

@@ -83,7 +83,6 @@ def test_auxiliary_heads_are_fused_and_keep_their_names():
 def test_full_network_has_the_operators_and_parameters_of_its_card(name):
     """At published size: the card's layers and parameters, every region proved, and equal in float64."""
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     arguments = {"auxiliary_heads": False} if name.startswith("repvggplus") else {}
     model = randomised(create_model(name, **arguments)).float()
     claims = card(name)
