@@ -123,7 +123,9 @@ def _convs(shapes: Shapes, pattern: str) -> dict[tuple[str, str | None], tuple[i
 
 def _counted(stage: str, index: str | None) -> list[tuple[int, str]]:
     """A sort key in which layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", f"{stage}.{index or 0}")]
+    return [
+        (int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", f"{stage}.{index or 0}")
+    ]
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], model: str | None = None) -
     training = bool(next(blocks(official), None))
     deploy = bool(next(merged_blocks(official), None))
     form = "mixed" if training and deploy else "deploy" if deploy else "training"
-    dropped = tuple(old for new, old in renamed.items() if known and known.training_only and re.match(known.training_only, new))
+    dropped = tuple(
+        old for new, old in renamed.items() if known and known.training_only and re.match(known.training_only, new)
+    )
     result = Recognition(name, arguments, "timm" if timm else "official", form, renamed, dropped)
     _hold(result, official)
     return result
@@ -201,7 +205,9 @@ def _hold(found: Recognition, official: Shapes) -> None:
         return
     missing = [found.own_name(k) for k in wanted if k not in given]
     unexpected = [found.own_name(k) for k in given if k not in wanted]
-    shapes = [f"{found.own_name(k)} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
+    shapes = [
+        f"{found.own_name(k)} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]
+    ]
     raise InputError(
         f"the checkpoint is not a {found.model}: {len(missing)} keys missing, {len(unexpected)} unexpected, "
         f"{len(shapes)} of another shape",
@@ -217,16 +223,16 @@ def _hold(found: Recognition, official: Shapes) -> None:
 
 def _expected(found: Recognition, given: Shapes) -> Shapes:
     """The keys and shapes of the network's training form."""
-    empty = [k for k, s in given.items() if 0 in s]
-    if empty:
-        raise InputError(f"{len(empty)} tensors have no entries", at=_some("empty", empty), do="check the file")
+    without = [k for k, s in given.items() if 0 in s]
+    if without:
+        raise InputError(f"{len(without)} tensors have no entries", at=_some("empty", without), do="check the file")
     try:
         return {k: tuple(v.shape) for k, v in found.build().state_dict().items()}
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        given = ", ".join(f"{k}={v!r}" for k, v in found.arguments.items())
+        arguments = ", ".join(f"{k}={v!r}" for k, v in found.arguments.items())
         raise InputError(
             f"the checkpoint's shapes fit no {found.model}",
-            at=given,
+            at=arguments,
             why=(str(error) or type(error).__name__).splitlines()[0],
             do="check the file, or name its network with -m",
         ) from error
@@ -281,5 +287,3 @@ def _keys_of(name: str) -> list[str]:
 def _on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         return create_model(name, **arguments).eval()
-
-

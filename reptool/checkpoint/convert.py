@@ -16,7 +16,7 @@ from reptool.checkpoint.architectures import Recognition, deployed_shapes, recog
 from reptool.checkpoint.health import check_health
 from reptool.checkpoint.load import EPS_KEY, assigned, deployed, probe_sizes
 from reptool.checkpoint.recipes import EPS, blocks, fuse_block, fused_tensors, pieces, replaced_keys
-from reptool.errors import InputError, NothingToFuseError, NotEquivalentError
+from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.verify.endtoend import verify_models
 from reptool.verify.region import stored_is_rounded
 from reptool.verify.verdict import Verdict
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from reptool.checkpoint.read import Checkpoint
     from reptool.checkpoint.recipes import FusedBlock, Recipe
     from reptool.verify.verdict import RegionProof
+
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
@@ -100,7 +101,9 @@ def convert(
         )
     names = ("recognise and check", "fuse and prove regions", "verify end to end")
     seconds = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
-    return Conversion(tensors, found, verdict, merged, (_count(checkpoint.tensors), _count(tensors)), eps, notices, seconds)
+    return Conversion(
+        tensors, found, verdict, merged, (_count(checkpoint.tensors), _count(tensors)), eps, notices, seconds
+    )
 
 
 def metadata(conversion: Conversion, checkpoint: Checkpoint) -> dict[str, str]:
@@ -108,7 +111,7 @@ def metadata(conversion: Conversion, checkpoint: Checkpoint) -> dict[str, str]:
     found = conversion.recognition
     return {
         "reptool.version": __version__,
-        "reptool.torch": torch.__version__,
+        "reptool.torch": str(torch.__version__),  # a class of torch's own, which torch.load refuses
         "reptool.python": platform.python_version(),
         "reptool.architecture": found.model,
         "reptool.arguments": json.dumps(found.arguments, sort_keys=True),
@@ -199,7 +202,11 @@ def _replaced(tensors: dict[str, Tensor], old: list[str], new: dict[str, Tensor]
 
 
 def _verify(
-    found: Recognition, before: Mapping[str, Tensor], after: Mapping[str, Tensor], regions: tuple[RegionProof, ...], eps: float
+    found: Recognition,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    regions: tuple[RegionProof, ...],
+    eps: float,
 ) -> Verdict:
     """Structure, and the end-to-end check of the fused network against the float64 run of the original."""
     reference = (assigned if found.form == "training" else deployed)(found, before, eps)
@@ -222,4 +229,6 @@ def _structure(found: Recognition, before: Mapping[str, Tensor], after: Mapping[
 
 def _count(tensors: Mapping[str, Tensor]) -> int:
     """Learned numbers: everything but the norms' statistics."""
-    return sum(t.numel() for k, t in tensors.items() if not k.endswith(("running_mean", "running_var", "num_batches_tracked")))
+    return sum(
+        t.numel() for k, t in tensors.items() if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    )

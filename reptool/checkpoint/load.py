@@ -15,6 +15,7 @@ from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.recipes import EPS
 from reptool.errors import InputError
 from reptool.fusion import fuse
+from reptool.models import list_models
 
 if TYPE_CHECKING:
     import os
@@ -50,7 +51,8 @@ def module_of(
     """
     check_health(checkpoint.tensors)
     eps = _recorded_eps(checkpoint.metadata) if eps is None else eps
-    named = model or (checkpoint.metadata.get("reptool.architecture") if checkpoint.metadata else None)
+    recorded = checkpoint.metadata.get("reptool.architecture")
+    named = model or (recorded if recorded in list_models() else None)
     found = recognise({k: tuple(t.shape) for k, t in checkpoint.tensors.items()}, _specific(named))
     if found.form == "training":
         return assigned(found, checkpoint.tensors, eps), found
@@ -125,7 +127,9 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 def _assign(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load strictly, except for the counters of old files; floating tensors stay trainable."""
-    counters = {k: torch.zeros((), dtype=torch.int64) for k in network.state_dict() if k.endswith("num_batches_tracked")}
+    counters = {
+        k: torch.zeros((), dtype=torch.int64) for k in network.state_dict() if k.endswith("num_batches_tracked")
+    }
     network.load_state_dict({**counters, **tensors}, strict=True, assign=True)
 
 

@@ -68,7 +68,9 @@ def factory(model: str) -> nn.Module:
     return made
 
 
-def fuse_own(read: Checkpoint, model: str, size: tuple[int, int] | None, eps: float | None) -> tuple[nn.Module, Verdict]:
+def fuse_own(
+    read: Checkpoint, model: str, size: tuple[int, int] | None, eps: float | None
+) -> tuple[nn.Module, Verdict]:
     """The user's network, fused and verified end to end."""
     network = build_own(read, model)
     if eps is not None:

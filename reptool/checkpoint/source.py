@@ -78,10 +78,9 @@ def open_source(
     given = module
     if form == "training" and not training_form:
         module = fuse(module, (torch.zeros(2, 3, *_small(module, shape)),))
+    reference = given if form == "training" else module
     if against:
         reference = _float32(_original(against, model, eps))[0]
-    else:
-        reference = given if form == "training" else module
     metadata = {
         **_chain(read),
         "reptool.version": __version__,

@@ -45,7 +45,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str |
 
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        numeric = rows and all(str(row[index]).replace(",", "").replace(".", "").strip("-x% ").isdigit() for row in rows)
+        numeric = rows and all(
+            str(row[index]).replace(",", "").replace(".", "").strip("-x% ").isdigit() for row in rows
+        )
         drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))

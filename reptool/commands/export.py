@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
-from reptool.commands.options import common, eps_option, floats, image_size, model_option, overwrite_option, strict_option, verify_option
+from reptool.commands.options import (
+    common,
+    eps_option,
+    floats,
+    image_size,
+    model_option,
+    overwrite_option,
+    strict_option,
+    verify_option,
+)
 
 if TYPE_CHECKING:
     from reptool.checkpoint.source import Source
+    from reptool.export import ExportReport
 
 SUFFIX = {"onnx": ".onnx", "torchscript": ".torchscript.pt"}
 
@@ -25,15 +35,36 @@ SUFFIX = {"onnx": ".onnx", "torchscript": ".torchscript.pt"}
 @eps_option
 @image_size
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 to 23.")
-@click.option("--dynamic", type=click.Choice(["batch", "hw", "none"]), default="batch", show_default=True, help="Axes of free size; hw adds height and width.")
-@click.option("--simplify", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True, help="Run onnxsim afterwards; auto: if it could remove something.")
+@click.option(
+    "--dynamic",
+    type=click.Choice(["batch", "hw", "none"]),
+    default="batch",
+    show_default=True,
+    help="Axes of free size; hw adds height and width.",
+)
+@click.option(
+    "--simplify",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Run onnxsim afterwards; auto: if it could remove something.",
+)
 @click.option("--against", type=click.Path(path_type=Path), help="Verify against this training checkpoint.")
 @click.option("--training-form", is_flag=True, help="Export a training checkpoint as it is, unfused.")
-@click.option("--classes", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="File with one class name a line.")
+@click.option(
+    "--classes", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="File with one class name a line."
+)
 @click.option("--mean", callback=floats, metavar="R,G,B", help="Mean of the training pixels, scaled to 0..1.")
 @click.option("--std", callback=floats, metavar="R,G,B", help="Their standard deviation.")
-@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]), default="bilinear", show_default=True)
-@click.option("--crop-pct", type=click.FloatRange(0, 1, min_open=True), default=None, help="Part of the resized image that is kept; default 0.875 from 160 pixels up, else 1.")
+@click.option(
+    "--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]), default="bilinear", show_default=True
+)
+@click.option(
+    "--crop-pct",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=None,
+    help="Part of the resized image that is kept; default 0.875 from 160 pixels up, else 1.",
+)
 @overwrite_option
 @strict_option
 @verify_option
@@ -90,6 +121,11 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
     if options["as_json"]:
         console.as_json(report.to_dict())
         return
+    _print(opened, report, target)
+
+
+def _print(opened: Source, report: ExportReport, target: Path) -> None:
+    """What was written, its verdict, and the next command."""
     operators = ", ".join(f"{count} {kind}" for kind, count in report.record.operators)
     steps = {**opened.seconds, **report.seconds}
     rows = [("file", f"{target}  ({console.size(target.stat().st_size)})")]
@@ -97,7 +133,7 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
     rows += [("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in steps.items()))]
     console.table(("exported", ""), rows)
     click.echo(report.verdict.summary())
-    if file_format == "onnx":
+    if report.record.format == "onnx":
         console.next_command(f"reptool run {target} IMAGE_OR_FOLDER")
 
 
@@ -129,7 +165,9 @@ def _metadata(opened: Source, options: dict[str, Any]) -> dict[str, str]:
         "reptool.crop_pct": str(crop),
     }
     if options["classes"]:
-        known["reptool.classes"] = json.dumps(_class_names(options["classes"], opened.metadata.get("reptool.num_classes")))
+        known["reptool.classes"] = json.dumps(
+            _class_names(options["classes"], opened.metadata.get("reptool.num_classes"))
+        )
     return known
 
 
@@ -139,7 +177,13 @@ def _class_names(path: Path, count: str | None) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
-        raise InputError("the class names cannot be read", at=str(path), why=str(error), do="give a text file in UTF-8") from error
+        raise InputError(
+            "the class names cannot be read", at=str(path), why=str(error), do="give a text file in UTF-8"
+        ) from error
     if count is not None and len(names) != int(count):
-        raise InputError(f"{len(names)} class names for {count} classes", at=str(path), do="write one name a line, in the order of the scores")
+        raise InputError(
+            f"{len(names)} class names for {count} classes",
+            at=str(path),
+            do="write one name a line, in the order of the scores",
+        )
     return names

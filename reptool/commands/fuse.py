@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
-from reptool.commands.options import common, eps_option, image_size, model_option, overwrite_option, strict_option, verify_option
+from reptool.commands.options import (
+    common,
+    eps_option,
+    image_size,
+    model_option,
+    overwrite_option,
+    strict_option,
+    verify_option,
+)
 
 if TYPE_CHECKING:
     from reptool.checkpoint.convert import Conversion
@@ -18,7 +26,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default <stem>.fused.safetensors.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Where to write; default <stem>.fused.safetensors."
+)
 @model_option
 @eps_option
 @image_size
@@ -86,14 +96,23 @@ def _print(done: Conversion, source: Path, target: Path, *, verbose: int) -> Non
     before, after = done.parameters
     rows = [
         ("network", f"{found.model}, {found.num_classes} classes ({found.implementation} key names)"),
-        ("blocks", f"{len(done.blocks)} fused, {sum(map(len, done.blocks.values()))} convolutions and norms into {len(done.blocks)}"),
+        (
+            "blocks",
+            f"{len(done.blocks)} fused, {sum(map(len, done.blocks.values()))} convolutions and norms into {len(done.blocks)}",
+        ),
         ("parameters", f"{before:,} -> {after:,}"),
         ("file", f"{console.size(source.stat().st_size)} -> {console.size(target.stat().st_size)}  {target}"),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items())),
     ]
     console.table(("fused", ""), rows)
     if verbose:
-        console.table(("region", "merged", "error"), [(r.name, " + ".join(p), f"{r.error:.1e}") for r, p in zip(done.verdict.regions, done.blocks.values(), strict=True)])
+        console.table(
+            ("region", "merged", "error"),
+            [
+                (r.name, " + ".join(p), f"{r.error:.1e}")
+                for r, p in zip(done.verdict.regions, done.blocks.values(), strict=True)
+            ],
+        )
     click.echo(done.verdict.summary())
 
 
@@ -109,9 +128,14 @@ def _fuse_own(read: Checkpoint, model: str, target: Path, eps: float | None, opt
     _require_conclusive(verdict, strict=options["strict"])
     write_checkpoint(target, fused.state_dict(), own_metadata(read, model, verdict), options["overwrite"], read.path)
     if options["as_json"]:
-        console.as_json({"schema_version": 1, "output": str(target), "fusion": report.to_dict(), "verdict": verdict.to_dict()})
+        console.as_json(
+            {"schema_version": 1, "output": str(target), "fusion": report.to_dict(), "verdict": verdict.to_dict()}
+        )
         return
-    console.table(("region", "before", "after", "error"), [(r.name, _counts(r.before), _counts(r.after), f"{r.proof.error:.1e}") for r in report.regions])
+    console.table(
+        ("region", "before", "after", "error"),
+        [(r.name, _counts(r.before), _counts(r.after), f"{r.proof.error:.1e}") for r in report.regions],
+    )
     for at, why in report.kept_apart:
         console.note(f"kept apart: {at}: {why}", quiet=options["quiet"])
     click.echo(verdict.summary())

@@ -69,7 +69,9 @@ def _checkpoint(file: Path) -> dict[str, Any]:
         }
     except InputError as error:
         found["network"] = error.what
-    found |= {k.removeprefix("reptool."): _brief(v) for k, v in sorted(header.metadata.items()) if k.startswith("reptool.")}
+    found |= {
+        k.removeprefix("reptool."): _brief(v) for k, v in sorted(header.metadata.items()) if k.startswith("reptool.")
+    }
     return found | ({"notices": list(header.notices)} if header.notices else {})
 
 
@@ -94,7 +96,9 @@ def _onnx(file: Path) -> dict[str, Any]:
         "output": model.output_name,
         "sha256": model.sha256,
     }
-    return found | {k.removeprefix("reptool."): _brief(v) for k, v in sorted(model.metadata.items()) if k.startswith("reptool.")}
+    return found | {
+        k.removeprefix("reptool."): _brief(v) for k, v in sorted(model.metadata.items()) if k.startswith("reptool.")
+    }
 
 
 @click.command()
@@ -109,7 +113,7 @@ def models(family: str | None, as_json: bool) -> None:
     """  # noqa: D301  # click reads the backslashes
     from reptool.models import card, list_models  # noqa: PLC0415
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in list_models(family):
         known = card(name)
         rows.append(
@@ -138,7 +142,7 @@ def models(family: str | None, as_json: bool) -> None:
                 f"{r['parameters']:,}",
                 f"{r['deploy_parameters']:,}" if r["deploy_parameters"] else "",
                 r["gmacs"] or "",
-                "x".join(map(str, r["input"])),  # type: ignore[arg-type]
+                "x".join(map(str, r["input"])),
                 r["top1"] or "",
             )
             for r in rows

@@ -18,7 +18,9 @@ model_option = click.option(
     help="A network of `reptool models`, or your own code: package.module:factory.",
 )
 eps_option = click.option(
-    "--eps", type=click.FloatRange(min=0, min_open=True), help="Eps of every batch norm; default what the file says, or 1e-5."
+    "--eps",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Eps of every batch norm; default what the file says, or 1e-5.",
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 strict_option = click.option("--strict", is_flag=True, help="Exit 5 unless everything could be shown.")
@@ -31,7 +33,7 @@ verify_option = click.option(
 )
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType):  # type: ignore[type-arg]  # not generic in older click
     """224, or 224x320 for height and width."""
 
     name = "H[xW]"

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 @image_size
 @strict_option
 @common
-def verify(a: Path, b: Path, model: str | None, eps: float | None, img_size: tuple[int, int] | None, **options: Any) -> None:
+def verify(
+    a: Path, b: Path, model: str | None, eps: float | None, img_size: tuple[int, int] | None, **options: Any
+) -> None:
     """Check that B computes what A computes; exit 1 if not.
 
     \b
@@ -43,30 +45,46 @@ def verify(a: Path, b: Path, model: str | None, eps: float | None, img_size: tup
     from reptool.verify.verdict import Verdict  # noqa: PLC0415
 
     reference = open_source(a, model, img_size, eps=eps)
-    candidate, fixed = _candidate(b, model, img_size, eps)
-    checks = verify_models(reference.reference, candidate, _sizes(reference.reference, img_size, fixed), reference.module, name=b.suffix.lstrip("."))
+    candidate, own_noise, fixed = _candidate(b, model, eps)
+    checks = verify_models(
+        reference.reference,
+        candidate,
+        _sizes(reference.reference, img_size, fixed),
+        own_noise or reference.module,
+        name=b.suffix.lstrip("."),
+    )
     verdict = Verdict(end_to_end=tuple(checks))
     if options["as_json"]:
         console.as_json({**verdict.to_dict(), "a": str(a), "b": str(b)})
     else:
         click.echo(verdict.summary())
     if not verdict.passed:
-        raise NotEquivalentError(f"{b.name} does not compute what {a.name} computes", at="; ".join(verdict.problems[:3]), why="its error is larger than rounding can explain")
+        raise NotEquivalentError(
+            f"{b.name} does not compute what {a.name} computes",
+            at="; ".join(verdict.problems[:3]),
+            why="its error is larger than rounding can explain",
+        )
     if options["strict"] and verdict.inconclusive:
-        raise InconclusiveError("inconclusive end to end", why="the network amplifies rounding too much for float32 to tell")
+        raise InconclusiveError(
+            "inconclusive end to end", why="the network amplifies rounding too much for float32 to tell"
+        )
 
 
-def _candidate(path: Path, model: str | None, size: tuple[int, int] | None, eps: float | None) -> tuple[Callable[..., Any], Shape]:
-    """What to run for B, and the input shape it asks for; None where an axis is free."""
+def _candidate(path: Path, model: str | None, eps: float | None) -> tuple[Callable[..., Any], nn.Module | None, Shape]:
+    """What to run for B; the network whose noise is the measure, if B is one; the shape it asks for, None where free."""
     if path.suffix == ".onnx":
         from reptool.export.runners import onnx_runner  # noqa: PLC0415
         from reptool.runtime import open_model  # noqa: PLC0415
 
         batch, _, height, width = open_model(path).input_shape or (None,) * 4
-        return onnx_runner(path), (batch, height, width)
-    from reptool.checkpoint.source import open_source  # noqa: PLC0415
+        return onnx_runner(path), None, (batch, height, width)
+    from reptool.checkpoint.load import module_of  # noqa: PLC0415
+    from reptool.checkpoint.own import build_own, is_own  # noqa: PLC0415
+    from reptool.checkpoint.read import read_checkpoint  # noqa: PLC0415
 
-    return open_source(path, model, size, eps=eps).module, (None,) * 3
+    read = read_checkpoint(path)
+    module = build_own(read, model) if model and is_own(model) else module_of(read, model, eps=eps)[0]
+    return module, module, (None,) * 3
 
 
 def _sizes(network: nn.Module, size: tuple[int, int] | None, fixed: Shape) -> list[tuple[int, int, int, int]]:

@@ -14,11 +14,11 @@ from reptool.checkpoint import convert as convert_module
 from reptool.checkpoint import recipes
 from reptool.checkpoint.architectures import recognise
 from reptool.checkpoint.convert import convert, metadata
-from reptool.checkpoint.load import assigned, deployed
+from reptool.checkpoint.load import assigned, deployed, module_of
 from reptool.checkpoint.read import Checkpoint, read_checkpoint
 from reptool.checkpoint.recipes import blocks, fuse_block
 from reptool.checkpoint.write import write_checkpoint
-from reptool.errors import InputError, NothingToFuseError, NotEquivalentError
+from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 
 NETWORKS = golden_vectors.names("repvgg-net", "repvggplus-net", "timm-repvgg", "acnet-cifar", "acnet-res", "acnet-vgg")
 EXACT, STORED = 1e-11, 1e-6
@@ -210,8 +210,6 @@ def test_eps_travels_with_the_file(tmp_path):
     for module in original.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-2
-    from reptool.checkpoint.load import module_of
-
     with torch.no_grad():
         assert golden_vectors.relative_error(module_of(again)[0](x), original(x)) < 1e-5
         wrong = Checkpoint(again.path, again.tensors, again.sha256, again.format)
@@ -220,8 +218,6 @@ def test_eps_travels_with_the_file(tmp_path):
 
 def test_recorded_eps_must_be_a_number(tmp_path):
     """A file whose metadata names an impossible eps is refused."""
-    from reptool.checkpoint.load import module_of
-
     plain = read(tmp_path, state())
     for text in ("none", "nan", "-1", "0", "inf"):
         with pytest.raises(InputError, match="the metadata says that eps is"):
@@ -238,13 +234,6 @@ def test_metadata_says_what_the_file_is(tmp_path):
     assert json.loads(text["reptool.arguments"])["num_classes"] == REPVGG["num_classes"]
     assert json.loads(text["reptool.verdict"])["passed"] is True
     assert json.loads(json.dumps(done.to_dict()))["schema_version"] == 1
-
-
-def test_progress_is_reported(tmp_path):
-    """One call for each block, up to their number."""
-    calls = []
-    convert(read(tmp_path, state()), on_progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(n, 5) for n in range(1, 6)]
 
 
 PLANTED = [
@@ -301,7 +290,9 @@ def test_pieces_give_the_same_bits(name, monkeypatch):
     tensors = golden_vectors.load(name).train
     whole = convert_module._fuse_all(tensors, 1e-5, None)[0]
     monkeypatch.setattr(recipes, "_PIECE", 300)
-    prefix, recipe = max(blocks(tensors), key=lambda found: tensors[f"{found[0]}{found[1].branches[0].conv}.weight"].numel())
+    prefix, recipe = max(
+        blocks(tensors), key=lambda found: tensors[f"{found[0]}{found[1].branches[0].conv}.weight"].numel()
+    )
     assert len(list(recipes.pieces(tensors, prefix, recipe))) > 1
     pieces = convert_module._fuse_all(tensors, 1e-5, None)[0]
     assert whole.keys() == pieces.keys()

@@ -14,7 +14,7 @@ from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.write import write_checkpoint
 from reptool.errors import InputError, NothingToFuseError
 
-SOURCE = '''
+SOURCE = """
 from torch import nn
 
 class Net(nn.Module):
@@ -41,7 +41,7 @@ def broken():
 
 def grown(classes):
     return Net(classes)
-'''
+"""
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import golden_vectors
 import pytest
 import torch
@@ -39,6 +37,7 @@ def run_convolution(golden, kernel, bias):
 
 def after(golden, y):
     """What the case's class does after its convolution: RepVGG's gate and activation, in its order."""
+
     def gate(prefix, y):
         squeezed = y.mean((2, 3), keepdim=True)
         weights = {k: v.double() for k, v in golden.train.items()}
@@ -141,8 +140,3 @@ def test_branches_of_other_widths_are_refused():
     ((prefix, recipe),) = blocks(other)
     with pytest.raises(InputError, match=r"the block \(root\) cannot be fused"):
         fuse_block(other, prefix, recipe)
-
-
-def test_the_constructors_are_plain():
-    """The cases' constructors are JSON, so the table above reads the stride and border they were run with."""
-    assert all(json.loads(golden_vectors.load(name).meta["constructor"]) is not None for name in BLOCKS)

@@ -1,0 +1,237 @@
+"""``reptool fuse``: what it writes, what it says, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from checkpoint.narrow import state
+from safetensors import safe_open
+
+from reptool.checkpoint import convert as convert_module
+from reptool.checkpoint.write import write_checkpoint
+
+FUSED = "c.fused.safetensors"
+
+
+def explained(result, code, *texts):
+    """Check that a command failed as documented: the code, four-part message, no traceback, nothing written."""
+    assert result.code == code, result
+    assert "reptool: error: " in result.err or code == 2
+    assert "Traceback" not in result.out + result.err
+    assert result.new == ()
+    for text in texts:
+        assert text in result.err, result.err
+
+
+@pytest.mark.parametrize("name", ["c.safetensors", "c.pth"])
+def test_checkpoint_is_fused(name, reptool, here):
+    """A fused file appears beside the input, says what it is, and the next command is printed last."""
+    here(name)
+    result = reptool("fuse", name)
+    assert result.code == 0, result.err
+    assert result.new == (FUSED,)
+    assert "equivalent (quick)" in result.out
+    assert "5 of 5 regions proved" in result.out
+    assert result.out.strip().endswith(f"next  reptool export {FUSED} --format onnx")
+    with safe_open(FUSED, "pt") as file:
+        assert "stage1.0.rbr_reparam.weight" in file.keys()  # noqa: SIM118 - not a mapping
+        assert json.loads(file.metadata()["reptool.verdict"])["passed"] is True
+
+
+def test_json_is_all_of_stdout(reptool, here):
+    """--json prints one object with a schema_version, and nothing else, on stdout."""
+    result = reptool("fuse", here("c.safetensors"), "--json")
+    value = json.loads(result.out)
+    assert value["schema_version"] == 1
+    assert value["verdict"]["passed"] is True
+    assert len(value["blocks"]) == 5
+
+
+def test_verbose_lists_the_regions(reptool, here):
+    """-v prints one line a region."""
+    assert "rbr_dense.conv" in reptool("fuse", here("c.safetensors"), "-v").out
+
+
+def test_output_suffix_chooses_the_format(reptool, here):
+    """-o writes where it is told, in torch's format if the name asks for it."""
+    result = reptool("fuse", here("c.safetensors"), "-o", "f.pt")
+    assert (result.code, result.new) == (0, ("f.pt",))
+    assert "stage0.rbr_reparam.bias" in torch.load("f.pt", weights_only=True)["state_dict"]
+
+
+class Planted:
+    """Pickles as a call that leaves a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def empty(path):
+    """Write nothing."""
+    path.write_bytes(b"")
+
+
+def text(path):
+    """Write prose."""
+    path.write_text("this is no checkpoint\n" * 20)
+
+
+def truncated(path):
+    """Write a checkpoint without its end."""
+    torch.save(state(), path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def saved(change):
+    """Write the narrow network's tensors after a change."""
+
+    def write(path):
+        tensors = state()
+        change(tensors)
+        torch.save(tensors, path)
+
+    return write
+
+
+def assign(key, index, value):
+    """Set one entry of a tensor."""
+
+    def change(tensors):
+        tensors[key].view(-1)[index] = value
+
+    return saved(change)
+
+
+KERNEL, VARIANCE = "stage2.0.rbr_dense.conv.weight", "stage2.0.rbr_1x1.bn.running_var"
+BAD = {
+    "missing": (lambda path: None, ["c.pt"]),
+    "empty": (empty, ["empty"]),
+    "text": (text, ["c.pt"]),
+    "truncated": (truncated, ["c.pt"]),
+    "no state": (lambda path: torch.save({"epoch": 3}, path), ["no state_dict found", "epoch"]),
+    "unknown": (
+        lambda path: torch.save({"features.0.weight": torch.zeros(4, 3, 3, 3)}, path),
+        ["nearest is repvgg_a0", "only in the file: features.0.weight", "only in repvgg_a0: stage0."],
+    ),
+    "shape": (saved(lambda t: t.update({VARIANCE: torch.ones(3)})), [f"{VARIANCE} is (3,), not (8,)"]),
+    "missing key": (saved(lambda t: t.pop(VARIANCE)), [f"missing: {VARIANCE}"]),
+    "unexpected key": (saved(lambda t: t.update(extra=torch.ones(3))), ["unexpected: extra"]),
+    "NaN": (assign(KERNEL, 5, float("nan")), ["NaN", KERNEL, "1 NaN"]),
+    "infinite": (assign(KERNEL, 5, float("inf")), ["infinite", KERNEL, "1 infinite"]),
+    "negative variance": (assign(VARIANCE, 3, -0.5), ["negative running variance", f"{VARIANCE}, channel 3: -0.5"]),
+    "integer weights": (saved(lambda t: t.update({KERNEL: t[KERNEL].int()})), ["not floating point", KERNEL]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case, reptool, tmp_path):
+    """Exit 2, the place named, no traceback and no file."""
+    write, texts = BAD[case]
+    write(tmp_path / "c.pt")
+    explained(reptool("fuse", "c.pt"), 2, "reptool: error: ", *texts)
+
+
+def test_foreign_pickle_is_refused_and_not_run(reptool, tmp_path):
+    """A file that asks for code ends with exit 3, the global named, and nothing executed."""
+    torch.save({"state_dict": state(), "hook": Planted()}, tmp_path / "c.pt")
+    explained(reptool("fuse", "c.pt"), 3, "posix.system")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_fused_input_is_refused(reptool, here):
+    """Nothing to fuse is exit 4, with the command that comes next."""
+    here(FUSED)
+    explained(reptool("fuse", FUSED), 4, "in deploy form already", f"reptool export {FUSED}")
+
+
+def test_existing_output_stays(reptool, here, tmp_path):
+    """An existing file is replaced with --overwrite only; the input never."""
+    here("c.safetensors")
+    (tmp_path / FUSED).write_text("mine")
+    explained(reptool("fuse", "c.safetensors"), 2, "exists already", "--overwrite")
+    assert (tmp_path / FUSED).read_text() == "mine"
+    assert reptool("fuse", "c.safetensors", "--overwrite").code == 0
+    before = (tmp_path / "c.safetensors").read_bytes()
+    explained(reptool("fuse", "c.safetensors", "-o", "./c.safetensors", "--overwrite"), 2, "the output is the input")
+    assert (tmp_path / "c.safetensors").read_bytes() == before
+
+
+def test_missing_and_read_only_folders(reptool, here, tmp_path):
+    """An output that cannot be written is exit 6, before anything is computed."""
+    here("c.safetensors")
+    explained(reptool("fuse", "c.safetensors", "-o", "none/f.safetensors"), 6, "there is no folder")
+    (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+    if os.geteuid():
+        explained(reptool("fuse", "c.safetensors", "-o", "locked/f.safetensors"), 6, "could not be written")
+
+
+def test_read_only_folder(reptool, here, monkeypatch):
+    """A folder in which no file can be made is exit 6, whoever runs the test."""
+    here("c.safetensors")
+    from reptool.checkpoint import atomic
+
+    def refuse(folder):
+        raise PermissionError(f"the folder {folder} is read-only")
+
+    monkeypatch.setattr(atomic, "_try_folder", refuse)
+    explained(reptool("fuse", "c.safetensors"), 6, "could not be written", "read-only")
+
+
+def test_unknown_model_names_the_nearest(reptool, here):
+    """A misspelt -m gets the nearest name; a wrong one the keys that differ."""
+    here("c.safetensors")
+    explained(reptool("fuse", "c.safetensors", "-m", "repvg_a0"), 2, "no model is called 'repvg_a0'", "'repvgg_a0'")
+    explained(reptool("fuse", "c.safetensors", "-m", "repvgg_a0"), 2, "the checkpoint is not a repvgg_a0")
+
+
+def test_strict_refuses_what_is_inconclusive(reptool, here, monkeypatch):
+    """Where rounding hides everything, --strict is exit 5 and nothing is written; without it the file is."""
+    from reptool.verify import endtoend
+
+    here("c.safetensors")
+    monkeypatch.setattr(endtoend, "RESOLUTION", 0.0)
+    explained(reptool("fuse", "c.safetensors", "--strict"), 5, "inconclusive end to end")
+    result = reptool("fuse", "c.safetensors")
+    assert (result.code, result.new) == (0, (FUSED,))
+    assert "inconclusive (quick)" in result.out
+
+
+def test_a_wrong_result_is_not_written(reptool, here, monkeypatch):
+    """A fault in the fused weights is exit 1, and there is no file."""
+    real = convert_module._fuse_all
+
+    def faulty(*given):
+        tensors, proofs, merged = real(*given)
+        tensors["stage2.0.rbr_reparam.bias"] = tensors["stage2.0.rbr_reparam.bias"] + 0.01
+        return tensors, proofs, merged
+
+    here("c.safetensors")
+    monkeypatch.setattr(convert_module, "_fuse_all", faulty)
+    explained(reptool("fuse", "c.safetensors"), 1, "is not equal to the original")
+
+
+def test_eps_is_an_option(reptool, here):
+    """--eps gives other weights, travels in the file, and must be positive."""
+    here("c.safetensors")
+    assert reptool("fuse", "c.safetensors", "--eps", "1e-3").code == 0
+    with safe_open(FUSED, "pt") as file:
+        assert file.metadata()["reptool.eps"] == "0.001"
+    assert reptool("verify", "c.safetensors", FUSED).code == 1
+    assert reptool("verify", "c.safetensors", FUSED, "--eps", "1e-3").code == 0
+    assert reptool("fuse", "c.safetensors", "--eps", "0").code == 2
+
+
+def test_half_precision(reptool, tmp_path):
+    """A half-precision checkpoint is fused in its own dtype, and verified with its own rounding noise."""
+    write_checkpoint(
+        tmp_path / "c.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in state().items()}
+    )
+    assert reptool("fuse", "c.safetensors").code == 0
+    with safe_open(FUSED, "pt") as file:
+        assert file.get_tensor("stage0.rbr_reparam.weight").dtype == torch.float16
+    result = reptool("verify", "c.safetensors", FUSED)
+    assert result.code == 0, result.out + result.err
