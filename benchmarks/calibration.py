@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import reptool
-from reptool.export import export
+from reptool.formats import export
 
 NETWORKS = {
     "repvgg_a0": ({}, 96),

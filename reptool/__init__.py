@@ -13,7 +13,7 @@ from reptool._version import __version__
 if TYPE_CHECKING:
     from reptool.checkpoint.load import load
     from reptool.errors import ReptoolError
-    from reptool.export import export
+    from reptool.formats import export
     from reptool.fusion import fuse
     from reptool.models import create_model, list_models
     from reptool.public import save, verify
@@ -33,7 +33,7 @@ __all__ = [
 _HOME = {
     "ReptoolError": "reptool.errors",
     "create_model": "reptool.models",
-    "export": "reptool.export",
+    "export": "reptool.formats",
     "fuse": "reptool.fusion",
     "list_models": "reptool.models",
     "load": "reptool.checkpoint.load",

@@ -16,9 +16,7 @@ class ReptoolError(Exception):
 
     exit_code = 2
 
-    def __init__(
-        self, what: str, *, at: str | None = None, why: str | None = None, do: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, at: str | None = None, why: str | None = None, do: str | None = None) -> None:
         self.what, self.at, self.why, self.do = what, at, why, do
         super().__init__(str(self))
 

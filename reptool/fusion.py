@@ -22,8 +22,8 @@ from reptool.graph.naming import module_path
 from reptool.graph.normalise import normalise
 from reptool.graph.structure import describe, first_difference, structure_problems
 from reptool.graph.values import shape_of, sizes_of
-from reptool.verify.region import prove_region, stored_is_rounded
-from reptool.verify.verdict import RegionProof, Verdict
+from reptool.proof.region import prove_region, stored_is_rounded
+from reptool.proof.verdict import RegionProof, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable

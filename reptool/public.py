@@ -17,8 +17,8 @@ from reptool.checkpoint.load import SOURCE, load, module_of
 from reptool.checkpoint.write import write_checkpoint
 from reptool.errors import InputError, ReptoolError
 from reptool.fusion import fuse
-from reptool.verify.endtoend import verify_models
-from reptool.verify.verdict import Verdict
+from reptool.proof.endtoend import verify_models
+from reptool.proof.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -117,7 +117,7 @@ def _candidate(
     if Path(candidate).suffix != ".onnx":
         module = load(candidate)
         return module, module, Path(candidate).suffix.lstrip(".")
-    from reptool.export.runners import onnx_runner  # noqa: PLC0415  # onnxruntime is optional
+    from reptool.formats.runners import onnx_runner  # noqa: PLC0415  # onnxruntime is optional
 
     try:
         run = onnx_runner(candidate)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import reptool.fusion
-from reptool.verify.region import TOLERANCE
+from reptool.proof.region import TOLERANCE
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from hypothesis import settings  # noqa: E402  # torch must not be loaded before the line above
+from hypothesis import settings  # torch must not be loaded before the line above
 
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")

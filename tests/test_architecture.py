@@ -20,14 +20,14 @@ ALLOWED: dict[str, frozenset[str]] = {
     "affine": frozenset({"errors"}),
     "models": frozenset({"errors"}),
     "runtime": frozenset({"errors"}),
-    "verify": frozenset({"errors", "affine.operators"}),
+    "proof": frozenset({"errors", "affine.operators"}),
     "graph": frozenset({"errors", "affine"}),
     "testing": frozenset({"errors", "affine"}),
-    "fusion": frozenset({"errors", "affine", "graph", "verify"}),
-    "checkpoint": frozenset({"errors", "affine", "graph", "verify", "models", "fusion"}),
-    "export": frozenset({"errors", "affine", "graph", "verify", "checkpoint.atomic"}),
-    "public": frozenset({"errors", "checkpoint", "export", "fusion", "models", "verify"}),
-    "report": frozenset({"errors", "verify"}),
+    "fusion": frozenset({"errors", "affine", "graph", "proof"}),
+    "checkpoint": frozenset({"errors", "affine", "graph", "proof", "models", "fusion"}),
+    "formats": frozenset({"errors", "affine", "graph", "proof", "checkpoint.atomic"}),
+    "public": frozenset({"errors", "checkpoint", "formats", "fusion", "models", "proof"}),
+    "report": frozenset({"errors", "proof"}),
     "commands": ANYTHING,
     "cli": ANYTHING,
     "__main__": ANYTHING,
@@ -92,12 +92,12 @@ def test_every_part_has_its_edges() -> None:
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("verify", "from reptool.affine.rules import RULES"),
-        ("verify", "from reptool.affine import operators"),
+        ("proof", "from reptool.affine.rules import RULES"),
+        ("proof", "from reptool.affine import operators"),
         ("affine", "import reptool.graph.read"),
         ("models", "from reptool import fuse"),
-        ("runtime", "def f():\n    from reptool.verify import compare"),
-        ("export", "from reptool.checkpoint.read import read_checkpoint"),
+        ("runtime", "def f():\n    from reptool.proof import compare"),
+        ("formats", "from reptool.checkpoint.read import read_checkpoint"),
         ("graph", "from reptool.models import create_model"),
         ("errors", "if False:\n    from reptool.affine.operators import Conv"),
     ],
@@ -110,7 +110,7 @@ def test_a_forbidden_import_is_found(part: str, source: str) -> None:
 def test_an_allowed_import_is_no_offence() -> None:
     """The check does not cry wolf."""
     text = "import torch\nfrom reptool._version import __version__\nfrom reptool.affine.operators import run\n"
-    assert offences(text, "verify") == []
+    assert offences(text, "proof") == []
 
 
 @pytest.mark.parametrize("argument", ["", "--help", "fuse --help", "export --help", "run --help"])
@@ -169,5 +169,5 @@ def test_public_names() -> None:
 
 def test_a_public_function_is_not_hidden_by_a_part_of_the_same_name() -> None:
     """``reptool.verify`` and ``reptool.export`` are functions, also once the parts called so are imported."""
-    code = "import reptool, reptool.verify.endtoend, reptool.export.onnx; assert all(map(callable, (reptool.verify, reptool.export)))"
+    code = "import reptool, reptool.proof.endtoend, reptool.formats.onnx; assert all(map(callable, (reptool.verify, reptool.export)))"
     subprocess.run([sys.executable, "-c", f"{code}; reptool.fuse; {code}"], cwd=ROOT, check=True)

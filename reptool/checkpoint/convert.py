@@ -17,16 +17,16 @@ from reptool.checkpoint.health import check_health
 from reptool.checkpoint.load import EPS_KEY, assigned, deployed, probe_sizes
 from reptool.checkpoint.recipes import EPS, blocks, fuse_block, fused_tensors, pieces, replaced_keys
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
-from reptool.verify.endtoend import verify_models
-from reptool.verify.region import stored_is_rounded
-from reptool.verify.verdict import Verdict
+from reptool.proof.endtoend import verify_models
+from reptool.proof.region import stored_is_rounded
+from reptool.proof.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from reptool.checkpoint.read import Checkpoint
     from reptool.checkpoint.recipes import FusedBlock, Recipe
-    from reptool.verify.verdict import RegionProof
+    from reptool.proof.verdict import RegionProof
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,8 @@
-"""The deploy form of a zoo network, made from its class: every fused block's first branch is its convolution, the other
-branches add nothing. No network needs a second class, or a switch, for its deploy form."""
+"""The deploy form of a zoo network, made from its class.
+
+Every fused block's first branch is its convolution, and the other branches add nothing. No network needs a second class,
+or a switch, for its deploy form.
+"""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from reptool._version import __version__
 from reptool.checkpoint.health import check_health
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.fusion import fuse
-from reptool.verify.endtoend import verify_models
-from reptool.verify.verdict import Verdict
+from reptool.proof.endtoend import verify_models
+from reptool.proof.verdict import Verdict
 
 if TYPE_CHECKING:
     from reptool.checkpoint.read import Checkpoint

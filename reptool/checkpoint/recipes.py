@@ -15,12 +15,12 @@ from torch import Tensor
 from reptool.affine.form import compose, merge
 from reptool.affine.operators import BatchNorm, Conv, Identity, Operator, Refusal, double, run
 from reptool.errors import InputError
-from reptool.verify.region import prove_region
+from reptool.proof.region import prove_region
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from reptool.verify.verdict import RegionProof
+    from reptool.proof.verdict import RegionProof
 
 EPS = 1e-5
 """What torch's batch norm adds to the variance; a state_dict does not carry it."""

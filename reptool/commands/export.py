@@ -22,7 +22,7 @@ from reptool.commands.options import (
 
 if TYPE_CHECKING:
     from reptool.checkpoint.source import Source
-    from reptool.export import ExportReport
+    from reptool.formats import ExportReport
 
 SUFFIX = {"onnx": ".onnx", "torchscript": ".torchscript.pt"}
 
@@ -84,8 +84,8 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.atomic import check_target  # noqa: PLC0415
     from reptool.checkpoint.source import open_source  # noqa: PLC0415
-    from reptool.export import export as write  # noqa: PLC0415
-    from reptool.export.onnx import check_options  # noqa: PLC0415
+    from reptool.formats import export as write  # noqa: PLC0415
+    from reptool.formats.onnx import check_options  # noqa: PLC0415
 
     path = source or _only_checkpoint()
     if source is None:

@@ -21,7 +21,7 @@ from reptool.commands.options import (
 if TYPE_CHECKING:
     from reptool.checkpoint.convert import Conversion
     from reptool.checkpoint.read import Checkpoint
-    from reptool.verify.verdict import Verdict
+    from reptool.proof.verdict import Verdict
 
 
 @click.command()

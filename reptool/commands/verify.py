@@ -41,8 +41,8 @@ def verify(
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.source import open_source  # noqa: PLC0415
     from reptool.errors import InconclusiveError, NotEquivalentError  # noqa: PLC0415
-    from reptool.verify.endtoend import verify_models  # noqa: PLC0415
-    from reptool.verify.verdict import Verdict  # noqa: PLC0415
+    from reptool.proof.endtoend import verify_models  # noqa: PLC0415
+    from reptool.proof.verdict import Verdict  # noqa: PLC0415
 
     reference = open_source(a, model, img_size, eps=eps)
     candidate, own_noise, fixed = _candidate(b, model, eps)
@@ -73,7 +73,7 @@ def verify(
 def _candidate(path: Path, model: str | None, eps: float | None) -> tuple[Callable[..., Any], nn.Module | None, Shape]:
     """What to run for B; the network whose noise is the measure, if B is one; the shape it asks for, None where free."""
     if path.suffix == ".onnx":
-        from reptool.export.runners import onnx_runner  # noqa: PLC0415
+        from reptool.formats.runners import onnx_runner  # noqa: PLC0415
         from reptool.runtime import open_model  # noqa: PLC0415
 
         batch, _, height, width = open_model(path).input_shape or (None,) * 4

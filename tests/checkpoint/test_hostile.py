@@ -276,7 +276,7 @@ def test_truncation_is_always_noticed(tmp_path, form):
 
 def test_single_bit_flips_are_never_silent(tmp_path):
     """Of 300 flipped bits none changes what is read: it is the same, or refused; most are refused."""
-    path, generator = tmp_path / "c.pt", random.Random(7)  # noqa: S311 - a fixed seed for a test
+    path, generator = tmp_path / "c.pt", random.Random(7)
     state = {"a.weight": torch.randn(40, 50), "a.bias": torch.randn(40)}
     torch.save({"state_dict": state}, path)
     data, caught = path.read_bytes(), 0

@@ -127,7 +127,7 @@ def test_verify_compares_modules_and_files(tmp_path):
 
 def test_verify_compares_an_onnx_file(tmp_path):
     """An exported file passes against its network, and fails against another; what is no ONNX is refused."""
-    from reptool.export import export as write
+    from reptool.formats import export as write
 
     original, x = network(), torch.zeros(2, 3, 32, 32)
     write(fuse(original, (x,)), tmp_path / "n.onnx", (x,))

@@ -215,7 +215,7 @@ def test_verify_tells_equal_from_different(reptool, here):
 
 def test_verify_strict(reptool, here, monkeypatch):
     """Where rounding hides everything, --strict is exit 5."""
-    from reptool.verify import endtoend
+    from reptool.proof import endtoend
 
     here("c.safetensors", "c.fused.safetensors")
     monkeypatch.setattr(endtoend, "RESOLUTION", 0.0)

@@ -190,7 +190,7 @@ def test_unknown_model_names_the_nearest(reptool, here):
 
 def test_strict_refuses_what_is_inconclusive(reptool, here, monkeypatch):
     """Where rounding hides everything, --strict is exit 5 and nothing is written; without it the file is."""
-    from reptool.verify import endtoend
+    from reptool.proof import endtoend
 
     here("c.safetensors")
     monkeypatch.setattr(endtoend, "RESOLUTION", 0.0)

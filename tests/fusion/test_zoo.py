@@ -11,8 +11,8 @@ from torch import nn
 
 from reptool.fusion import fuse
 from reptool.models import card, create_model, list_models
-from reptool.verify.endtoend import verify_models
-from reptool.verify.region import TOLERANCE
+from reptool.proof.endtoend import verify_models
+from reptool.proof.region import TOLERANCE
 
 NARROW = {
     "repvgg_a0": ("repvgg", {"widths": [8, 8, 8, 16, 16], "num_classes": 5}, (33, 47)),

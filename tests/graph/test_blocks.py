@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from reptool.models.rep import ACB
-from reptool.verify.region import TOLERANCE
+from reptool.proof.region import TOLERANCE
 
 
 class Over(nn.Module):

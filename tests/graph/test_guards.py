@@ -15,7 +15,7 @@ from reptool.errors import CaptureError
 from reptool.fusion import FusionReport, fuse
 from reptool.graph.capture import capture
 from reptool.graph.inplace import is_functional
-from reptool.verify.region import TOLERANCE
+from reptool.proof.region import TOLERANCE
 
 IMAGE = (2, 4, 9, 11)
 CONV, BN2 = nn.Conv2d, nn.BatchNorm2d

@@ -12,8 +12,8 @@ from torch import nn
 from reptool.checkpoint.recipes import blocks, fuse_block, fused_tensors
 from reptool.fusion import fuse, verify_fused
 from reptool.models import create_model
-from reptool.verify.endtoend import verify_models
-from reptool.verify.region import stored_is_rounded
+from reptool.proof.endtoend import verify_models
+from reptool.proof.region import stored_is_rounded
 
 # network: how it is built, the layer the faults are planted in, and one of its branches in the training form
 NETWORKS = {

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from reptool.errors import ExportError
-from reptool.export.record import first_line, need, quiet
+from reptool.formats.record import first_line, need, quiet
 
 LITTER = frozenset({
     "Cast", "CastLike", "Constant", "ConstantOfShape", "Dropout", "Expand", "Identity", "Shape", "Size", "Squeeze",

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from proof.nets import fused_net, training_net
 from torch import nn
-from verify.nets import fused_net, training_net
 
-from reptool.verify import EndToEnd, Verdict, check_end_to_end, compare, inputs_for, verify_models
-from reptool.verify.verdict import RegionProof
+from reptool.proof import EndToEnd, Verdict, check_end_to_end, compare, inputs_for, verify_models
+from reptool.proof.verdict import RegionProof
 
 SIZE = [(8, 3, 10, 10)]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reptool.export.record import need, quiet
+from reptool.formats.record import need, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable

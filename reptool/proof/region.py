@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reptool.verify.verdict import RegionProof
+from reptool.proof.verdict import RegionProof
 
 if TYPE_CHECKING:
     from collections.abc import Callable

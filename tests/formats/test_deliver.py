@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from proof.nets import fused_net, training_net
 from torch import nn
-from verify.nets import fused_net, training_net
 
 from reptool.errors import ExportError, InputError, MissingPackageError, NotEquivalentError
-from reptool.export import deliver as deliver_module
-from reptool.export import export, onnx_runner, read_metadata, seal_holds
-from reptool.export.torchscript import read_extra
+from reptool.formats import deliver as deliver_module
+from reptool.formats import export, onnx_runner, read_metadata, seal_holds
+from reptool.formats.torchscript import read_extra
 
 X = (torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)),)
 
@@ -270,7 +270,7 @@ def test_damaged_artefact_is_not_run(net, tmp_path, monkeypatch):
     real = deliver_module.export_onnx
 
     def swapped(module, *args, **options):
-        from reptool.export.reread import reread
+        from reptool.formats.reread import reread
 
         real(other, *args, **options)
         return reread(args[1], module, 20)

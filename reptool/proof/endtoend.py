@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from reptool.verify.runs import dithered_run, float64_run, plain_run
-from reptool.verify.verdict import EndToEnd
+from reptool.proof.runs import dithered_run, float64_run, plain_run
+from reptool.proof.verdict import EndToEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -142,7 +142,9 @@ def verify_models(
         least = inputs if index == 0 else min(inputs, EXTRA_INPUTS)
         count = -(-least // batches[0]) * batches[0]
         images = tuple(inputs_for(s, count, seed + 1000 * index + k) for k, s in enumerate(samples))
-        group = _Group(reference, null_model, images, probability, range(seed, seed + (EXTRA_COPIES if index else COPIES)))
+        group = _Group(
+            reference, null_model, images, probability, range(seed, seed + (EXTRA_COPIES if index else COPIES))
+        )
         results += [group.check(candidate, batch, name) for batch in batches]
     return results
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reptool.export.record import ExportRecord, first_line, need
+from reptool.formats.record import ExportRecord, first_line, need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from reptool._version import __version__
 from reptool.checkpoint.atomic import atomic_file, check_target
 from reptool.errors import ExportError, InputError, NotEquivalentError
-from reptool.export.onnx import check_options, export_onnx
-from reptool.export.record import ExportRecord, need, require_eval
-from reptool.export.runners import onnx_runner, torchscript_runner
-from reptool.export.torchscript import append_extra, export_torchscript, read_extra
-from reptool.export.wire import append_metadata, read_metadata, seal, seal_holds
-from reptool.verify.endtoend import enough_inputs, verify_models
-from reptool.verify.verdict import Verdict
+from reptool.formats.onnx import check_options, export_onnx
+from reptool.formats.record import ExportRecord, need, require_eval
+from reptool.formats.runners import onnx_runner, torchscript_runner
+from reptool.formats.torchscript import append_extra, export_torchscript, read_extra
+from reptool.formats.wire import append_metadata, read_metadata, seal, seal_holds
+from reptool.proof.endtoend import enough_inputs, verify_models
+from reptool.proof.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -161,15 +161,15 @@ def _verify(job: _Job, path: Path, record: ExportRecord) -> Verdict:
         candidate, values = _candidate(job, path)
         count = enough_inputs(values)
         sizes = _sizes(job, count)
-        checks = verify_models(
-            job.reference, candidate, sizes, job.null_model, name=_RUNTIME[job.format], inputs=count
-        )
+        checks = verify_models(job.reference, candidate, sizes, job.null_model, name=_RUNTIME[job.format], inputs=count)
     return Verdict(end_to_end=tuple(checks))
 
 
 def _candidate(job: _Job, path: Path) -> tuple[Callable[..., Any], int]:
-    """The written file as a function, its flat outputs in the structure that the module gives them; and how many values
-    one input gives in its smallest output."""
+    """The written file as a function, and how many values one input gives in its smallest output.
+
+    Its flat outputs come back in the structure that the module gives them.
+    """
     runner = onnx_runner(path) if job.format == "onnx" else torchscript_runner(path)
     with torch.inference_mode():
         leaves, spec = tree_flatten(job.module(*(x[:1] if job.dynamic != "none" else x for x in job.example)))

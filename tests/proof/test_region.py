@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reptool.verify import prove_region, stored_is_rounded
+from reptool.proof import prove_region, stored_is_rounded
 
 
 def _images(count=2):

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from proof.nets import training_net
 from torch import nn
-from verify.nets import training_net
 
-from reptool.verify import DITHER, dithered_run, float64_run
-from reptool.verify.runs import _dither
+from reptool.proof import DITHER, dithered_run, float64_run
+from reptool.proof.runs import _dither
 
 
 class Shared(nn.Module):

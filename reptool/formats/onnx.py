@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from reptool._version import __version__
 from reptool.errors import ExportError
-from reptool.export.record import ExportRecord, first_line, need, quiet, require_eval
-from reptool.export.reread import reread
-from reptool.export.simplify import removable, simplify
-from reptool.export.wire import write_model
+from reptool.formats.record import ExportRecord, first_line, need, quiet, require_eval
+from reptool.formats.reread import reread
+from reptool.formats.simplify import removable, simplify
+from reptool.formats.wire import write_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reptool.errors import ExportError
-from reptool.export.record import ExportRecord, first_line, quiet, require_eval
+from reptool.formats.record import ExportRecord, first_line, quiet, require_eval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from reptool.errors import ExportError
-from reptool.export.record import quiet
-from reptool.export.reread import _foreign, reread
-from reptool.export.simplify import removable, simplify
-from reptool.export.wire import LARGEST, append_metadata, read_metadata, seal_holds, write_model
+from reptool.formats.record import quiet
+from reptool.formats.reread import _foreign, reread
+from reptool.formats.simplify import removable, simplify
+from reptool.formats.wire import LARGEST, append_metadata, read_metadata, seal_holds, write_model
 
 onnx = pytest.importorskip("onnx")
 helper = onnx.helper
