@@ -144,8 +144,11 @@ def _original(path: Path, model: str | None, eps: float | None) -> nn.Module:
 
 
 def _float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Half precision as float32, which holds every value exactly: few CPU kernels take it otherwise."""
-    half = next((t.dtype for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALF), None)
-    if half is None:
+    """The module in float32, and a notice where it was not: half precision fits exactly, float64 is rounded once."""
+    kinds = {t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()} - {torch.float32}
+    if not kinds:
         return module, ()
-    return module.float(), (f"half-precision weights ({half}) are exported as float32, value for value",)
+    given = ", ".join(sorted(map(str, kinds)))
+    how = "rounded once" if torch.float64 in kinds else "value for value"
+    kind = "half-precision weights" if kinds <= set(_HALF) else "weights"
+    return module.float(), (f"{kind} ({given}) are exported as float32, {how}",)

@@ -14,6 +14,7 @@ import torch
 
 from reptool.checkpoint.atomic import atomic_file, check_target
 from reptool.checkpoint.layout import DTYPES, NAMES, make_header
+from reptool.checkpoint.reread import require_written
 from reptool.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def write_checkpoint(
 ) -> Path:
     """Write ``tensors`` and ``metadata`` to ``path`` whole or not at all; the suffix chooses the format.
 
+    The file is read again, and compared bit for bit, before it gets its name.
+
     A .pt or .pth file holds ``{"state_dict": tensors, "metadata": metadata}``. No tensor is copied unless it is not
     contiguous or lies on a larger storage. Returns the real path written.
 
@@ -52,13 +55,14 @@ def write_checkpoint(
     with atomic_file(path, overwrite, input_path) as temporary:
         writer = _write_safetensors if suffix == ".safetensors" else _write_pt
         writer(temporary, plain, text)
+        require_written(temporary, plain, text, shown)
     return Path(os.path.realpath(shown))
 
 
 def _check_content(tensors: dict[str, torch.Tensor], metadata: dict[str, str], shown: str) -> None:
     """Refuse what either format could not give back."""
     for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
+        if type(key) is not str or type(value) is not str:
             raise InputError(f"metadata {key!r} is not text", at=shown)
     for key, tensor in tensors.items():
         if not isinstance(key, str) or key == "__metadata__":

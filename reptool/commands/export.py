@@ -115,6 +115,7 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
         metadata=_metadata(opened, options),
         overwrite=options["overwrite"],
         input_path=path,
+        strict=options["strict"],
     )
     if report.record.notice:
         console.note(report.record.notice, quiet=options["quiet"])

@@ -32,7 +32,8 @@ def inspect(file: Path, as_json: bool) -> None:
     if found.get("form") == "training":
         console.next_command(f"reptool fuse {file}")
     elif found.get("form") == "deploy":
-        console.next_command(f"reptool export {file} --format onnx")
+        tool = f"run {file} IMAGE_OR_FOLDER" if found["format"] == "onnx" else f"export {file} --format onnx"
+        console.next_command(f"reptool {tool}")
 
 
 def _shown(value: Any) -> str:

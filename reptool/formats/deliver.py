@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from reptool._version import __version__
 from reptool.checkpoint.atomic import atomic_file, check_target
-from reptool.errors import ExportError, InputError, NotEquivalentError
+from reptool.errors import ExportError, InconclusiveError, InputError, NotEquivalentError
 from reptool.formats.onnx import check_options, export_onnx
 from reptool.formats.record import ExportRecord, need, require_eval
 from reptool.formats.runners import onnx_runner, torchscript_runner
@@ -84,6 +84,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     input_path: str | Path | None = None,
+    strict: bool = False,
 ) -> ExportReport:
     """Write a module as a deployable file that was run and compared before it got its name.
 
@@ -91,7 +92,8 @@ def export(
     height and width are left open, at two image sizes; ``null_model`` (default: the module) gives the noise. Its
     metadata ends with the verdict and, in ONNX, a digest of all that stands before.
 
-    **Shapes**: the first axis of every example is the batch. **Raises**: NotEquivalentError, and no file is there;
+    **Shapes**: the first axis of every example is the batch. **Raises**: NotEquivalentError, or with ``strict``
+    InconclusiveError, and no file is there;
     ExportError, InputError, MissingPackageError and OutputError before or while writing, likewise.
     """
     _check_request(module, example, format)
@@ -104,6 +106,13 @@ def export(
         record, verdict = _write_and_verify(job, temporary, simplify)
         if not verdict.passed:
             raise _not_equivalent(path, verdict)
+        if strict and verdict.inconclusive:
+            raise InconclusiveError(
+                "inconclusive end to end",
+                at="; ".join(str(check) for check in verdict.end_to_end if check.passed is None),
+                why="the network amplifies rounding so much that float32 does not reproduce itself",
+                do="leave out --strict to accept it",
+            )
         with job.timed("seal"):
             _seal(job, temporary, verdict)
     return ExportReport(target, verdict, record, job.seconds)

@@ -318,16 +318,19 @@ print(used, written, copied)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's reset of the memory peak")
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_reading_takes_the_file_s_size_and_writing_nothing(tmp_path, suffix):
-    """Reading peaks at 1.15 times the file, writing at a tenth of it; a copy is seen by the same measure."""
+@pytest.mark.parametrize(("suffix", "bound"), [(".safetensors", 0.1), (".pt", 1.15)])
+def test_memory_of_reading_and_writing(tmp_path, suffix, bound):
+    """Reading peaks at 1.15 times the file; writing, and reading that again, at a tenth, of a .pt file at its size.
+
+    A copy is seen by the same measure.
+    """
     size = 100_000_000
     source = write_checkpoint(tmp_path / f"in{suffix}", {f"{i}.weight": torch.ones(size // 40) for i in range(10)})
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / f"out{suffix}")]
     output = subprocess.run(command, check=True, capture_output=True, text=True)
     used, written, copied = (int(word) / size for word in output.stdout.split())
     assert used < 1.15
-    assert written < 0.1
+    assert written < bound
     assert copied > 0.9
 
 
