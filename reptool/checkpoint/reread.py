@@ -51,7 +51,7 @@ def _fits(entry: Entry, tensor: torch.Tensor) -> bool:
 
 def _holds(stream: BinaryIO, tensor: torch.Tensor) -> bool:
     """Whether the bytes of a tensor come next."""
-    wanted = memoryview(_bits(tensor).numpy())
+    wanted = _bits(tensor).numpy().data
     starts = range(0, len(wanted), _PIECE)
     return all(stream.read(len(wanted[start : start + _PIECE])) == wanted[start : start + _PIECE] for start in starts)
 
