@@ -213,14 +213,15 @@ def _verify(
     fused = recognise({k: tuple(t.shape) for k, t in after.items()}, found.model if not found.arguments else None)
     candidate = deployed(fused, after, eps)
     checks = verify_models(reference, candidate, probe_sizes(reference), candidate)
-    return Verdict(structure=_structure(found, before, after), regions=regions, end_to_end=tuple(checks))
+    return Verdict(structure=_structure(found, fused, before, after), regions=regions, end_to_end=tuple(checks))
 
 
-def _structure(found: Recognition, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _structure(
+    found: Recognition, fused: Recognition, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> tuple[str, ...]:
     """What of the deploy form is not as its network has it, or was changed without being fused."""
     wanted = deployed_shapes({new: tuple(before[old].shape) for new, old in found.renamed.items()})
-    renamed = recognise({k: tuple(t.shape) for k, t in after.items()}).renamed
-    given = {new: tuple(after[old].shape) for new, old in renamed.items()}
+    given = {new: tuple(after[old].shape) for new, old in fused.renamed.items()}
     problems = [f"{k} is missing or of another shape" for k, s in wanted.items() if given.get(k) != s]
     problems += [f"{k} does not belong there" for k in given if k not in wanted]
     problems += [f"{k} was changed" for k in before if k in after and not torch.equal(before[k], after[k])]

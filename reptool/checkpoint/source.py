@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reptool._version import __version__
-from reptool.checkpoint.load import module_of
+from reptool.checkpoint.load import module_of, takes
 from reptool.checkpoint.own import build_own, is_own
 from reptool.checkpoint.read import read_checkpoint
 from reptool.errors import InputError
@@ -108,8 +108,6 @@ def _chain(read: Checkpoint) -> dict[str, str]:
 
 def _small(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
     """The image size to capture at: what a network computes does not depend on it, and a small one is faster."""
-    from reptool.checkpoint.load import takes  # noqa: PLC0415
-
     return (64, 64) if takes(module, 64, 64) and takes(module, *shape) else shape
 
 

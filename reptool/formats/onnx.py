@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from reptool._version import __version__
 from reptool.errors import ExportError
-from reptool.formats.record import ExportRecord, first_line, need, quiet, require_eval
+from reptool.formats.record import ExportRecord, first_line, need, require_eval
 from reptool.formats.reread import reread
 from reptool.formats.simplify import removable, simplify
 from reptool.formats.wire import write_model
+from reptool.graph.capture import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

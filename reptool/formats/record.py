@@ -1,19 +1,15 @@
-"""What was written, as a record; and the quiet in which torch writes it."""
+"""What was written, as a record."""
 
 from __future__ import annotations
 
 import importlib
-import logging
-import warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from reptool.errors import ExportError, MissingPackageError
+from reptool.graph.capture import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import nn
 
 
@@ -39,19 +35,6 @@ class ExportRecord:
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
         return {**asdict(self), "operators": dict(self.operators), "problems": list(self.problems)}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within it, torch's log lines below an error and its warnings are not shown; exceptions pass."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def need(*packages: str) -> None:

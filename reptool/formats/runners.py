@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reptool.formats.record import need, quiet
+from reptool.formats.record import need
+from reptool.graph.capture import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable

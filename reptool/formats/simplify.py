@@ -9,7 +9,8 @@ from collections import Counter
 from typing import Any
 
 from reptool.errors import ExportError
-from reptool.formats.record import first_line, need, quiet
+from reptool.formats.record import first_line, need
+from reptool.graph.capture import quiet
 
 LITTER = frozenset({
     "Cast", "CastLike", "Constant", "ConstantOfShape", "Dropout", "Expand", "Identity", "Shape", "Size", "Squeeze",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from reptool.errors import ExportError
-from reptool.formats.record import ExportRecord, first_line, quiet, require_eval
+from reptool.formats.record import ExportRecord, first_line, require_eval
+from reptool.graph.capture import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -94,7 +94,7 @@ def refuse_hooks(model: nn.Module) -> None:
 def quiet() -> Iterator[None]:
     """Silence torch's notices about its own internals; errors still raise."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(max(level, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
