@@ -76,6 +76,7 @@ def _be_a_good_neighbour() -> None:
     1.2 s for one verification on two busy cores); graphs are captured out of many small objects that all stay.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages, which are faster to come by
     gc.set_threshold(50_000, 50, 50)
     _keep_freed_memory()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import gcd
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -33,11 +33,14 @@ def add_convs(one: Conv, other: Conv) -> Conv | Refusal:
     """
     if one.out_channels != other.out_channels:
         return Refusal(f"{one.out_channels} and {other.out_channels} output channels cannot be added")
-    aligned = align(one, other)
-    if isinstance(aligned, Refusal):
-        return aligned
-    one, other = aligned
-    return replace(one, kernel=one.kernel + other.kernel, bias=_sum(one.bias, other.bias))
+    refusal = _misfit(one, other)
+    if refusal is not None:
+        return refusal
+    wide, narrow = (one, other) if prod(one.window) >= prod(other.window) else (other, one)
+    wide, narrow, geometry = _laid_over(wide, narrow)
+    merged = _embed(wide, geometry)
+    merged.kernel[_slot(narrow, geometry)] += narrow.kernel  # in place: kernels are large, and this one is new
+    return replace(merged, bias=_sum(one.bias, other.bias))
 
 
 def stack_convs(one: Conv, other: Conv) -> Conv | Refusal:
@@ -64,11 +67,17 @@ def align(one: Conv, other: Conv) -> tuple[Conv, Conv] | Refusal:
     refusal = _misfit(one, other)
     if refusal is not None:
         return refusal
+    one, other, geometry = _laid_over(one, other)
+    return _embed(one, geometry), _embed(other, geometry)
+
+
+def _laid_over(one: Conv, other: Conv) -> tuple[Conv, Conv, list[tuple[int, int, int, int]]]:
+    """Both convolutions with their common groups and padding mode, and the window that holds both."""
     groups = gcd(one.groups, other.groups)
     mode = one.padding_mode if one.pads else other.padding_mode if other.pads else "zeros"
     geometry = [_axis(one, other, a) for a in range(one.rank)]
-    one, other = (replace(_embed(block_diagonal(c, groups), geometry), padding_mode=mode) for c in (one, other))
-    return one, other
+    one, other = (replace(block_diagonal(c, groups), padding_mode=mode) for c in (one, other))
+    return one, other, geometry
 
 
 def _misfit(one: Conv, other: Conv) -> Refusal | None:
@@ -103,17 +112,26 @@ def _axis(one: Conv, other: Conv, a: int) -> tuple[int, int, int, int]:
 
 
 def _embed(conv: Conv, geometry: list[tuple[int, int, int, int]]) -> Conv:
-    """A convolution in a larger window, zeros around its taps."""
-    kernel = conv.kernel.new_zeros(*conv.kernel.shape[:2], *(taps for _, _, taps, _ in geometry))
+    """A convolution in a larger window, zeros around its taps; its kernel is a new tensor."""
+    size = tuple(taps for _, _, taps, _ in geometry)
+    if size == conv.window:
+        kernel = conv.kernel.clone()
+    else:
+        kernel = conv.kernel.new_zeros(*conv.kernel.shape[:2], *size)
+        kernel[_slot(conv, geometry)] = conv.kernel
+    padding = tuple((-start, excess + grid * (taps - 1) + 1 + start) for start, grid, taps, excess in geometry)
+    dilation = tuple(grid for _, grid, _, _ in geometry)
+    return replace(conv, kernel=kernel, padding=padding, dilation=dilation)
+
+
+def _slot(conv: Conv, geometry: list[tuple[int, int, int, int]]) -> tuple[slice, ...]:
+    """Where a convolution's taps lie in the larger window."""
     at = [slice(None), slice(None)]
     for axis, (start, grid, _, _) in enumerate(geometry):
         first = (-conv.padding[axis][0] - start) // grid
         step = max(conv.dilation[axis] // grid, 1) if conv.window[axis] > 1 else 1
         at.append(slice(first, first + (conv.window[axis] - 1) * step + 1, step))
-    kernel[tuple(at)] = conv.kernel
-    padding = tuple((-start, excess + grid * (taps - 1) + 1 + start) for start, grid, taps, excess in geometry)
-    dilation = tuple(grid for _, grid, _, _ in geometry)
-    return replace(conv, kernel=kernel, padding=padding, dilation=dilation)
+    return tuple(at)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ from reptool.checkpoint.recipes import EPS
 from reptool.errors import InputError
 from reptool.fusion import fuse
 from reptool.models import list_models
+from reptool.proof.endtoend import EXTRA_INPUTS, INPUTS
 
 if TYPE_CHECKING:
     import os
@@ -108,7 +109,7 @@ def probe_sizes(network: nn.Module) -> list[tuple[int, int, int, int]]:
     if not sides:
         raise AssertionError("the network takes none of the usual image sizes; please report this")
     (h, w), *others = sides
-    return [(2, 3, h, w), (3, 3, h, w), *((2, 3, *other) for other in others)]
+    return [(INPUTS, 3, h, w), (3, 3, h, w), *((EXTRA_INPUTS, 3, *other) for other in others)]
 
 
 def takes(network: nn.Module, height: int, width: int) -> bool:

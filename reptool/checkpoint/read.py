@@ -13,6 +13,7 @@ import os
 import stat
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,14 +81,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     shown = os.fspath(path)
     with _opened(shown) as (stream, size):
         kind = _recognise(stream, shown, size)
-        digest = _sha256(stream)
         metadata: dict[str, str] = {}
         value: Any
         stored: frozenset[tuple[int, int]] | None = None
-        if kind == "safetensors":
-            value, metadata = _load_safetensors(stream, shown, size)
-        else:
-            value, stored = _load_pt(stream, shown, size, kind)
+        with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free
+            hashed = beside.submit(_sha256, stream.fileno())
+            if kind == "safetensors":
+                value, metadata = _load_safetensors(stream, shown, size)
+            else:
+                value, stored = _load_pt(stream, shown, size, kind)
+            digest = hashed.result()
     peeled = peel(value, shown)
     del value
     tensors = {key: tensor.detach() for key, tensor in peeled.tensors.items()}
@@ -202,12 +205,12 @@ def _is_tar(stream: BinaryIO) -> bool:
         return False
 
 
-def _sha256(stream: BinaryIO) -> str:
-    """Hash a file in pieces; leaves ``stream`` at its start."""
-    digest = hashlib.sha256()
-    while piece := stream.read(_CHUNK):
+def _sha256(file: int) -> str:
+    """Hash an open file in pieces, wherever others read in it."""
+    digest, position = hashlib.sha256(), 0
+    while piece := os.pread(file, _CHUNK, position):
         digest.update(piece)
-    stream.seek(0)
+        position += len(piece)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from io import BytesIO
+from struct import Struct
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from reptool.errors import ExportError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _GRAPH, _INITIALIZER, _RAW_DATA, _METADATA = 7, 5, 9, 14
 DIGEST_KEY = "reptool.sha256"
 _SEAL_BYTES = 84
+_PLACE = Struct("<QQ")
 LARGEST = 2**31 - 1
 """Bytes a protobuf message may have."""
 
@@ -51,6 +53,20 @@ def write_model(path: Path, skeleton: Any, tensors: Sequence[tuple[Any, Any]]) -
             file.write(data.tobytes())
 
 
+def outline(path: Path) -> bytes:
+    """A serialised model in which every initialiser's raw bytes are replaced by where they lie; see ``place``.
+
+    So a file is read without its weights. **Raises**: ValueError for a damaged file.
+    """
+    with path.open("rb") as file:
+        return _outline(file, path.stat().st_size, (_GRAPH, _INITIALIZER, _RAW_DATA))
+
+
+def place(tensor: Any) -> tuple[int, int] | None:
+    """Offset and length in the file of an outlined initialiser's raw bytes; None if it holds its values otherwise."""
+    return _PLACE.unpack(tensor.raw_data) if tensor.HasField("raw_data") else None
+
+
 def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     """Add metadata entries at the end of a file; what was there keeps every byte."""
     with path.open("ab") as file:
@@ -59,10 +75,15 @@ def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def seal(path: Path) -> str:
-    """Add the SHA-256 of everything before it as the last metadata entry, and return it."""
+    """Add the SHA-256 of everything before it as the last metadata entry, and return it.
+
+    **Raises**: OSError if the file does not end with that entry afterwards.
+    """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    append_metadata(path, {DIGEST_KEY: digest})
+        append_metadata(path, {DIGEST_KEY: digest})
+        if file.read() != _entry(DIGEST_KEY, digest):
+            raise OSError(f"the digest at the end of {path.name} is not what was written")
     return digest
 
 
@@ -108,22 +129,44 @@ def _varint(value: int) -> bytes:
     return bytes(groups)
 
 
+def _outline(file: BinaryIO, end: int, path: tuple[int, ...]) -> bytes:
+    """The message up to ``end``, with the field that ``path`` leads to replaced by its offset and length."""
+    kept = bytearray()
+    for tag, start, begin, stop in _walk(file, end):
+        if tag != path[0] << 3 | 2:
+            file.seek(start)
+            kept += file.read(stop - start)
+            continue
+        file.seek(begin)
+        inner = _outline(file, stop, path[1:]) if len(path) > 1 else _PLACE.pack(begin, stop - begin)
+        kept += _head(path[0], len(inner)) + inner
+    return bytes(kept)
+
+
+def _walk(file: BinaryIO, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of the message from here to ``end``: the tag, where it starts, where its payload begins and stops."""
+    start = file.tell()
+    while start < end:
+        file.seek(start)
+        tag = _read_varint(file)
+        if tag & 7 not in {0, 2}:
+            raise ValueError(f"wire type {tag & 7} at byte {file.tell()} is none that ONNX has here")
+        begin, value = file.tell(), _read_varint(file)
+        stop = file.tell()
+        if tag & 7 == 2:
+            begin, stop = stop, stop + value
+        if stop > end:
+            raise ValueError(f"a field of {stop - begin} bytes at byte {begin} passes the end, {end}")
+        yield tag, start, begin, stop
+        start = stop
+
+
 def _fields(file: BinaryIO, wanted: int, end: int) -> Iterator[bytes]:
     """The payloads of one length-prefixed field of the message up to ``end``."""
-    while file.tell() < end:
-        tag = _read_varint(file)
-        if tag & 7 == 0:
-            _read_varint(file)
-        elif tag & 7 == 2:
-            length = _read_varint(file)
-            if length > end - file.tell():
-                raise ValueError(f"a field of {length} bytes at byte {file.tell()} passes the end, {end}")
-            if tag >> 3 == wanted:
-                yield file.read(length)
-            else:
-                file.seek(length, 1)
-        else:
-            raise ValueError(f"wire type {tag & 7} at byte {file.tell()} is none that ONNX has here")
+    for tag, _, begin, stop in _walk(file, end):
+        if tag == wanted << 3 | 2:
+            file.seek(begin)
+            yield file.read(stop - begin)
 
 
 def _key_and_value(payload: bytes) -> tuple[str, str]:

@@ -15,16 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from reptool.proof.matmul import BatchedConvolutions
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Inputs = Tensor | tuple[Tensor, ...]
-_BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
 
 
 def float64_run(model: nn.Module, x: Inputs) -> Any:
@@ -36,7 +32,8 @@ def float64_run(model: nn.Module, x: Inputs) -> Any:
     saved = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return _run_changed(model, _as(x, torch.float64), lambda _, tensor: tensor.to(torch.float64))
+        with BatchedConvolutions():
+            return _run_changed(model, _as(x, torch.float64), lambda _, tensor: tensor.to(torch.float64))
     finally:
         torch.set_default_dtype(saved)
 
@@ -61,17 +58,21 @@ def plain_run(model: nn.Module, x: Inputs) -> Any:
 
 
 def _dither(tensor: Tensor, seed: int, probability: float) -> Tensor:
-    """A copy with entries moved by one in their last bit, away from zero or towards it; zeros stay."""
-    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-    moves = _moves(probability, _BITS[tensor.dtype])
-    flat, start = copy.view(-1).view(_BITS[tensor.dtype]), seed % len(moves)
-    for begin in range(0, flat.numel(), _TILE // 4):
-        part = flat[begin : begin + _TILE // 4]
+    """A copy with entries moved by one in their last bit, away from zero or towards it; zeros stay.
+
+    ``x + x m`` with ``|m|`` half an ulp of one lies between half and one ulp from ``x``, and rounds to the neighbour.
+    """
+    given = tensor.detach().contiguous()
+    moves = _moves(probability, tensor.dtype)
+    copy = torch.empty_like(given)
+    old, new, start = given.view(-1), copy.view(-1), seed % len(moves)
+    for begin in range(0, old.numel(), _TILE // 4):
+        part = old[begin : begin + _TILE // 4]
         first = (start + begin) % (len(moves) - len(part) + 1)
-        part += moves[first : first + len(part)] * (part != 0)
-    if torch.isfinite(tensor.sum()) and torch.isfinite(copy.sum()):
+        torch.addcmul(part, part, moves[first : first + len(part)], out=new[begin : begin + len(part)])
+    if torch.isfinite(copy.sum()):
         return copy
-    return torch.where(torch.isfinite(tensor) & torch.isfinite(copy), copy, tensor.detach())
+    return torch.where(torch.isfinite(copy), copy, given)
 
 
 _TILE = 1 << 20
@@ -80,9 +81,10 @@ _TILE = 1 << 20
 
 @cache
 def _moves(probability: float, dtype: torch.dtype) -> Tensor:
-    """Entries -1, 0 and 1 in a fixed random order."""
+    """Entries 0 and plus or minus half an ulp of one, in a fixed random order."""
     draw = torch.rand(_TILE, generator=torch.Generator().manual_seed(0))
-    return (draw < probability / 2).to(dtype) - (draw > 1 - probability / 2).to(dtype)
+    sign = (draw < probability / 2).to(dtype) - (draw > 1 - probability / 2).to(dtype)
+    return sign * (torch.finfo(dtype).eps / 2)
 
 
 def _run_changed(model: nn.Module, x: Inputs, change: Callable[[str, Tensor], Tensor]) -> Any:

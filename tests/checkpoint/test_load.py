@@ -108,7 +108,7 @@ def test_full_size_network_has_22_convolutions(tmp_path):
 def test_probe_sizes_are_sizes_the_network_takes():
     """Two batches at the smallest image, and another image size where the network takes one."""
     free = probe_sizes(network())
-    assert [size[0] for size in free] == [2, 3, 2]
+    assert [size[0] for size in free] == [8, 3, 4]
     assert free[0][2:] != free[2][2:]
     fixed = network("acnet_cifarquick", widths=(4, 4, 8), num_classes=3)
     assert takes(fixed, 32, 32)

@@ -11,7 +11,7 @@ from torch import nn
 
 from reptool.errors import ExportError
 from reptool.formats.record import quiet
-from reptool.formats.reread import _foreign, reread
+from reptool.formats.reread import reread
 from reptool.formats.simplify import removable, simplify
 from reptool.formats.wire import LARGEST, append_metadata, read_metadata, seal_holds, write_model
 
@@ -135,17 +135,20 @@ def test_reread_names_what_is_wrong(tmp_path):
         assert text in problems
 
 
-def test_weights_are_compared_bit_for_bit():
-    """A weight or its transpose is the module's own; one ulp off it is foreign."""
-    module = nn.Linear(3, 2)
-
-    def proto(tensor):
-        data = tensor.detach().contiguous().numpy()
-        return onnx.numpy_helper.from_array(data)
-
-    moved = torch.nextafter(module.weight, torch.tensor(torch.inf))
-    weights = {"same": proto(module.weight), "turned": proto(module.weight.t()), "moved": proto(moved)}
-    assert _foreign(weights, module) == ["moved"]
+def test_weights_are_compared_bit_for_bit(tmp_path):
+    """A weight or its transpose is the module's own; one ulp off, or of too few bytes, it is foreign."""
+    module = nn.Linear(3, 3)
+    weight = module.weight.detach()
+    moved = torch.nextafter(weight, torch.tensor(torch.inf))
+    model = _model(*((("MatMul", ["x", name], [f"{name}_y"])) for name in ("same", "turned", "moved", "short")))
+    for name, tensor in {"same": weight, "turned": weight.t(), "moved": moved, "short": weight}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(tensor.contiguous().numpy(), name))
+    model.graph.initializer[3].raw_data = model.graph.initializer[3].raw_data[:-4]
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    record = reread(tmp_path / "a.onnx", module, 20)
+    assert (record.weights, record.unchanged) == (4, 2)
+    assert [problem.split()[1] for problem in record.problems if "has not the bits" in problem] == ["moved", "short"]
+    assert any("short has 32 bytes, its shape [3, 3] needs 36" in problem for problem in record.problems)
 
 
 def test_quiet_hides_no_error(caplog):

@@ -9,7 +9,7 @@ import torch
 from proof.nets import training_net
 from torch import nn
 
-from reptool.proof import DITHER, dithered_run, float64_run
+from reptool.proof import DITHER, dithered_run, float64_run, matmul
 from reptool.proof.runs import _dither
 
 
@@ -124,3 +124,46 @@ def test_dither_moves_by_one_ulp(dtype):
     assert bool(((moved == weights) | (moved == away) | (moved == towards)).all())
     for changed in (moved > weights, moved < weights):
         assert 0.07 < float(changed.double().mean()) < 0.1
+
+
+CALLS = [
+    # channels in and out, size, kernel, stride, padding, dilation, groups, bias; whether it is batched
+    ((6, 4), (2, 2), (3, 3), 1, 1, 1, 1, True, True),
+    ((6, 4), (4, 5), (3, 3), 2, 1, 1, 1, False, True),
+    ((6, 4), (7, 6), (3, 2), (2, 1), (0, 1), (2, 1), 1, True, True),
+    ((6, 4), (9, 9), (3, 3), 1, 1, 1, 1, True, False),
+    ((6, 4), (2, 2), (3, 3), 1, 1, 1, 2, True, False),
+    ((6, 4), (2, 2), (1, 1), 1, 0, 1, 1, True, False),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_batched_convolution_is_the_convolution(call, monkeypatch):
+    """Small maps go through one product and give what torch gives; everything else goes to torch."""
+    (i, o), size, kernel, stride, padding, dilation, groups, bias, batched = call
+    layer = nn.Conv2d(i, o, kernel, stride, padding, dilation, groups, bias=bias).double()
+    x = torch.randn(3, i, *size, dtype=torch.float64)
+    calls = []
+    real = matmul._conv
+    monkeypatch.setattr(matmul, "_conv", lambda *args: calls.append(1) or real(*args))
+    with torch.no_grad():
+        expected = layer(x)
+        with matmul.BatchedConvolutions():
+            got = layer(x)
+    assert bool(calls) == batched
+    assert float((got - expected).abs().max()) <= 1e-14 * float(expected.abs().max())
+
+
+def test_batched_convolution_leaves_other_calls_alone():
+    """Single precision, images without a batch, named padding and keywords are torch's own bits."""
+    x, w = torch.randn(2, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    calls = [
+        lambda: torch.conv2d(x, w, None, (1, 1), (1, 1), (1, 1), 1),
+        lambda: torch.conv2d(x[0].double(), w.double(), None, (1, 1), (1, 1), (1, 1), 1),
+        lambda: torch.conv2d(x.double(), w.double(), None, (1, 1), "same", (1, 1), 1),
+        lambda: torch.conv2d(x.double(), w.double(), padding=1),
+    ]
+    for call in calls:
+        expected = call()
+        with matmul.BatchedConvolutions():
+            assert torch.equal(call(), expected)
