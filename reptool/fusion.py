@@ -10,28 +10,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.func import functional_call
 
-from reptool.affine.operators import AvgPool, Conv, Identity, Pad, Scale
 from reptool.errors import NotEquivalentError
 from reptool.graph.capture import capture
 from reptool.graph.cost import Cost, roofline
+from reptool.graph.draft import draft_of
 from reptool.graph.emit import emit
-from reptool.graph.layers import exact_weights
 from reptool.graph.naming import module_path
 from reptool.graph.normalise import normalise
+from reptool.graph.probes import choices, draw
+from reptool.graph.regions import Runner
+from reptool.graph.regions import regions as regions_of
+from reptool.graph.revise import revise
 from reptool.graph.structure import describe, first_difference, structure_problems
-from reptool.graph.values import shape_of, sizes_of
+from reptool.graph.values import Weights
 from reptool.proof.region import prove_region, stored_is_rounded
 from reptool.proof.verdict import RegionProof, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
-    from reptool.affine.operators import Operator
     from reptool.graph.capture import Captured
+    from reptool.graph.draft import Draft
     from reptool.graph.emit import Emitted
-    from reptool.graph.normalise import Plan, Value
+    from reptool.graph.normalise import Plan
+    from reptool.graph.regions import Between
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,17 @@ def fuse(model: nn.Module, example_inputs: tuple[Any, ...], *, cost: Cost = roof
     captured = capture(model, example_inputs)
     clock.append(time.perf_counter())
     with torch.no_grad():
-        plan = normalise(captured, cost)
-        emitted = emit(captured, plan)
+        work = _rewrite(captured, cost)
         clock.append(time.perf_counter())
-        _require_structure(captured, emitted)
-        regions = tuple(_region(plan.values[n], captured, plan, emitted) for n in emitted.names)
+        _require_structure(work)
+        regions = _prove(work, work.emitted.module)
         _require_proofs(regions)
     clock.append(time.perf_counter())
     steps = ("capture", "fuse", "proof")
     seconds = {s: b - a for s, a, b in zip(steps, clock, clock[1:], strict=False)}
-    emitted.module.meta["fusion"] = FusionReport(regions, _kept_apart(plan), _opaque(plan), seconds)
-    return emitted.module
+    module = work.emitted.module
+    module.meta["fusion"] = FusionReport(regions, _kept_apart(work.plan), _opaque(work.plan), seconds)
+    return module
 
 
 def verify_fused(
@@ -115,18 +118,32 @@ def verify_fused(
 
     Raises:  CaptureError if one of them cannot be read
     """
-    captured = capture(model, example_inputs)
-    problems = structure_problems(captured, capture(fused, example_inputs))
     with torch.no_grad():
-        plan = normalise(captured, cost)
-        emitted = emit(captured, plan)
-        regions = tuple(_region(plan.values[n], captured, plan, emitted, fused).proof for n in emitted.names)
-    return Verdict(structure=(*problems, *_changed(emitted, fused)), regions=regions)
+        work = _rewrite(capture(model, example_inputs), cost)
+        problems = structure_problems(work.draft.captured, capture(fused, example_inputs))
+        regions = tuple(r.proof for r in _prove(work, fused))
+    return Verdict(structure=(*problems, *_changed(work.emitted, fused)), regions=regions)
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A captured graph on its way: revised, planned, written."""
+
+    draft: Draft
+    plan: Plan
+    emitted: Emitted
+
+
+def _rewrite(captured: Captured, cost: Cost) -> _Work:
+    draft = draft_of(captured)
+    revise(draft, cost)
+    plan = normalise(draft.captured, draft.reader, cost)
+    return _Work(draft, plan, emit(draft.captured, plan))
 
 
 def _changed(emitted: Emitted, fused: nn.Module) -> list[str]:
     """The tensors outside the rewritten regions that are not bit for bit the original's."""
-    inside = tuple(f"{name}." for name in emitted.names.values())
+    inside = tuple(f"{path}." for path in emitted.new)
     wanted, given = emitted.module.state_dict(), fused.state_dict()
     names = [n for n in {**wanted, **given} if not n.startswith(inside)]
     return [f"{n} was changed" for n in names if n not in wanted or n not in given or not _same(wanted[n], given[n])]
@@ -136,11 +153,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and stored_is_rounded(one, other)
 
 
-def _require_structure(captured: Captured, emitted: Emitted) -> None:
-    """Raise unless every node that was not rewritten stands in the fused graph, in its order, with its attributes."""
-    copied = {w: n for n, w in emitted.written.items() if w.op == "call_function" and isinstance(w.target, OpOverload)}
-    wanted = [(describe(n), module_path(n)) for n in captured.graph.nodes if emitted.written.get(n) in copied]
-    given = [(describe(w), "") for w in emitted.module.graph.nodes if isinstance(w.target, OpOverload)]
+def _require_structure(work: _Work) -> None:
+    """Raise unless every node that was copied stands in the fused graph, in its order, with its attributes."""
+    copied = {n: w for n, w in work.emitted.copied.items() if isinstance(n.target, OpOverload)}
+    wanted = [(describe(n), module_path(n)) for n in work.draft.graph.nodes if n in copied]
+    given = [(describe(w), "") for w in work.emitted.module.graph.nodes if isinstance(w.target, OpOverload)]
     lost = first_difference(wanted, given)
     if lost:
         raise NotEquivalentError(
@@ -148,35 +165,47 @@ def _require_structure(captured: Captured, emitted: Emitted) -> None:
         )
 
 
-def _region(value: Value, captured: Captured, plan: Plan, emitted: Emitted, module: nn.Module | None = None) -> Region:
-    """Prove one region, as it stands in a module, and describe it."""
-    name = emitted.names[value.node]
-    inner = [n for n in captured.graph.nodes if n in value.sources]
-    atoms: list[Any] = list(dict.fromkeys(value.form.atoms))
-    entries = [emitted.written[a] for a in atoms]
-    exact = _exact(value, name)
-    layers = {path: _submodule(module or emitted.module, path) for path in exact}
-    wrong = [f"{path} {fault}" for path in exact if (fault := _fault(layers[path], exact[path]))]
+def _prove(work: _Work, module: nn.Module) -> tuple[Region, ...]:
+    """Prove every region, as it stands in a module, and describe it."""
+    weights = Weights(work.draft.original.state)
+    return tuple(_region(region, weights, work.emitted, module) for region in regions_of(work.draft, work.emitted))
 
-    def fused(*given: Tensor) -> Tensor:
-        env: dict[fx.Node, Any] = dict(zip(entries, given, strict=True))
-        for node in emitted.regions[value.node]:
-            path = str(node.target)
-            if node.op == "call_module":
-                env[node] = functional_call(layers[path], exact[path], (env[node.args[0]],))  # type: ignore[arg-type, index]
-            else:
-                env[node] = _call(node, env)
-        return env[emitted.written[value.node]]  # type: ignore[no-any-return]
 
+def _region(region: Between, weights: Weights, emitted: Emitted, module: nn.Module) -> Region:
+    """Prove one region; its exact weights are worked out for that, and dropped."""
+    exact = {path: emitted.exact(path) for path in region.layers if path in emitted.new}
+    faults = {path: _fault(_submodule(module, path), exact.get(path)) for path in region.layers}
+    wrong = [f"{path} {fault}" for path, fault in faults.items() if fault]
     if wrong:
-        proof = RegionProof(name, float("inf"), passed=False, detail="; ".join(wrong))
+        proof = RegionProof(region.name, float("inf"), passed=False, detail="; ".join(wrong))
     else:
-        original = _original(value, plan, inner, atoms)
-        proof = prove_region(name, original, fused, _inputs(value, atoms, entries, inner))
-    before = Counter(describe(n).split("(", maxsplit=1)[0] for n in inner)
-    after = Counter(type(t.operator).__name__ for t in value.form.terms)
-    sources = tuple(sorted({module_path(n) for n in value.sources}))
-    return Region(name, sources, dict(before), dict(after), proof)
+        proof = _proof(region, Runner(weights, module, exact), emitted.module)
+    before = Counter(describe(n).split("(", maxsplit=1)[0] for n in region.before)
+    after = Counter(_kind(n, emitted.module) for n in region.after)
+    sources = tuple(sorted({module_path(n) for n in region.before}))
+    return Region(region.name, sources, dict(before), dict(after), proof)
+
+
+def _proof(region: Between, runner: Runner, written: nn.Module) -> RegionProof:
+    """The proof at the first choice of sizes at which the captured side runs."""
+    failure: Exception | None = None
+    for sizes, shapes in choices(region, written):
+        inputs = [draw(region, shapes, seed) for seed in (0, 1)]
+        before = runner.before(region, sizes)
+        try:
+            before(*inputs[0])
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            failure = error
+            continue
+        return prove_region(region.name, before, runner.after(region, sizes), inputs)
+    return RegionProof(region.name, float("inf"), passed=False, detail=f"it does not run: {failure}")
+
+
+def _kind(node: fx.Node, module: nn.Module) -> str:
+    """What a fused node is called in the report."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    return str(describe(node)).split("(", maxsplit=1)[0]
 
 
 def _require_proofs(regions: tuple[Region, ...]) -> None:
@@ -191,32 +220,6 @@ def _require_proofs(regions: tuple[Region, ...]) -> None:
             )
 
 
-def _original(value: Value, plan: Plan, inner: list[fx.Node], atoms: list[Any]) -> Callable[..., Tensor]:
-    """A region's captured nodes as a function of its atoms, in float64."""
-    used = {u for n in inner for u in n.all_input_nodes}
-    weights: dict[fx.Node, Any] = {u: _double(t) for u in used if (t := plan.reader.tensor(u)) is not None}
-
-    def original(*given: Tensor) -> Tensor:
-        env = {**weights, **dict(zip(atoms, given, strict=True))}
-        for node in inner:
-            env[node] = _call(node, env)
-        return env[value.node]  # type: ignore[no-any-return]
-
-    return original
-
-
-def _call(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-    return node.target(*args, **kwargs)  # type: ignore[operator]  # only functions get here
-
-
-def _exact(value: Value, name: str) -> dict[str, dict[str, Tensor]]:
-    """The unrounded weights of a region's layers, by module path."""
-    alone = len(value.form.terms) == 1
-    operators = {name if alone else f"{name}.{i}": t.operator for i, t in enumerate(value.form.terms)}
-    return {path: exact_weights(o) for path, o in operators.items() if not isinstance(o, (Identity, Pad))}
-
-
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     try:
         return module.get_submodule(path)
@@ -224,58 +227,15 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _fault(layer: nn.Module | None, exact: dict[str, Tensor]) -> str:
-    """Why a layer does not hold exactly these weights, rounded once; empty if it does."""
+def _fault(layer: nn.Module | None, exact: Mapping[str, Tensor] | None) -> str:
+    """Why a layer is not there or does not hold exactly these weights, rounded once; empty if all is well."""
     held = dict(layer.named_parameters()) if layer is not None else {}
+    if exact is None:
+        return "is not there" if layer is None else ""
     if held.keys() != exact.keys():
         return f"holds {', '.join(held) or 'nothing'} instead of {', '.join(exact) or 'nothing'}"
     wrong = [name for name, tensor in held.items() if not stored_is_rounded(exact[name], tensor)]
     return f"holds another {' and '.join(wrong)} than the exact one, rounded once" if wrong else ""
-
-
-def _double(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _inputs(value: Value, atoms: list[Any], entries: list[Any], inner: list[fx.Node]) -> list[tuple[Tensor, ...]]:
-    """Two sets of dense random inputs: batch 2, and windows of 2k + 1 or more where the sizes are free."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [sizes_of(a) for a in atoms]
-    if len(atoms) == 1 and _sizes_are_free(value, atoms[0], inner):
-        side = sum(_extent(t.operator) for t in value.form.terms)
-        shapes = [(2, shapes[0][1], *(side + i for i in range(len(shapes[0]) - 2)))]
-    drawn = []
-    for _ in range(2):
-        values = {
-            e: torch.randn(s, generator=generator, dtype=torch.float64) for e, s in zip(entries, shapes, strict=True)
-        }
-        drawn.append(tuple(values[e] for e in entries))
-    return drawn
-
-
-def _extent(operator: Operator) -> int:
-    """A window on which every tap and every border of an operator is seen."""
-    match operator:
-        case Conv():
-            sizes = [
-                2 * r + s + 2 * max(map(abs, p))
-                for r, s, p in zip(operator.reach, operator.stride, operator.padding, strict=True)
-            ]
-        case AvgPool():
-            sizes = [2 * w + s for w, s in zip(operator.window, operator.stride, strict=True)]
-        case Pad():
-            sizes = [3 + 2 * max(map(abs, p)) for p in operator.padding]
-        case _:
-            sizes = []
-    return max(sizes, default=3)
-
-
-def _sizes_are_free(value: Value, atom: fx.Node, inner: list[fx.Node]) -> bool:
-    """Whether a region can run at another image size than the example's: no node names a size or reads the last axis."""
-    named = ("linear", "slice")
-    last = any(isinstance(t.operator, Scale) and t.operator.axis == -1 for t in value.form.terms)
-    return len(shape_of(atom)) > 2 and not last and not any(str(n.target).split(".")[1] in named for n in inner)
 
 
 def _kept_apart(plan: Plan) -> tuple[tuple[str, str], ...]:

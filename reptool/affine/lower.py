@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import TypeVar
 
 import torch
 
-from reptool.affine.operators import AvgPool, BatchNorm, Conv, Identity, Pad, Refusal, Scale
+from reptool.affine.operators import AvgPool, BatchNorm, Conv, ConvTranspose, Identity, Pad, Refusal, Scale
+
+_Conv = TypeVar("_Conv", Conv, ConvTranspose)
 
 
 def norm_is_scale(norm: BatchNorm) -> Scale | Refusal:
@@ -69,21 +72,24 @@ def pool_is_conv(pool: AvgPool) -> Conv | Refusal:
     return Conv(kernel, None, pool.stride, padding, (1,) * len(pool.window), groups=pool.channels)
 
 
-def pad_is_conv(pad: Pad) -> Conv:
+def pad_is_conv(pad: Pad) -> Conv | Refusal:
     """A border, or a crop, is a depthwise pointwise convolution with that padding.
 
     Law:      pad(x) == conv(x)
+    Refuses:  a border of a value that is not zero
     """
+    if pad.value is not None:
+        return Refusal("a convolution has no border of a value per channel")
     rank = len(pad.padding)
     kernel = torch.ones((pad.channels, 1, *[1] * rank), dtype=torch.float64)
     return Conv(kernel, None, (1,) * rank, pad.padding, (1,) * rank, pad.channels, pad.mode)
 
 
-def regroup(conv: Conv, groups: int) -> Conv | Refusal:
+def regroup(conv: _Conv, groups: int) -> _Conv | Refusal:
     """The same convolution with fewer groups, its kernel block-diagonal.
 
     Law:      conv(x) == regrouped(x)
-    Shapes:   (o, i / conv.groups, *window)  ->  (o, i / groups, *window)
+    Shapes:   (o, i / conv.groups, *window)  ->  (o, i / groups, *window); transposed, with i and o exchanged
     Refuses:  groups that do not divide the convolution's
     """
     if conv.groups % groups:
@@ -91,7 +97,7 @@ def regroup(conv: Conv, groups: int) -> Conv | Refusal:
     return block_diagonal(conv, groups)
 
 
-def block_diagonal(conv: Conv, groups: int) -> Conv:
+def block_diagonal(conv: _Conv, groups: int) -> _Conv:
     """``regroup`` for a divisor of the convolution's groups, where there is nothing to refuse."""
     if conv.groups == groups:
         return conv
@@ -100,4 +106,4 @@ def block_diagonal(conv: Conv, groups: int) -> Conv:
     dense = parts.new_zeros(groups, blocks, parts.shape[2], blocks, *parts.shape[3:])
     index = torch.arange(blocks)
     dense[:, index, :, index] = parts.movedim(1, 0)
-    return replace(conv, kernel=dense.reshape(conv.out_channels, -1, *conv.window), groups=groups)
+    return replace(conv, kernel=dense.reshape(conv.kernel.shape[0], -1, *conv.window), groups=groups)

@@ -2,7 +2,7 @@
 
 Every record is frozen and holds float64 tensors (``double`` makes them so). A *bias* or *shift* of ``None`` is exactly
 zero, so that a guard can ask for it without looking at values. Nothing here decides anything: the laws are in
-``lower``, ``series`` and ``parallel``.
+``lower``, ``pointwise``, ``window``, ``series``, ``parallel`` and ``transposed``.
 """
 
 from __future__ import annotations
@@ -124,6 +124,48 @@ class Conv:
 
 
 @dataclass(frozen=True, eq=False)
+class ConvTranspose:
+    """A transposed convolution: every input sample adds its kernel to the output, ``stride`` apart.
+
+    Shapes: kernel (i, o / groups, *window), bias (o) or None; stride, padding, output_padding and dilation one entry a
+    window axis. ``padding`` is cut off both ends, ``output_padding`` given back at the far one, as torch has it.
+    """
+
+    kernel: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the result."""
+        return self.kernel.shape[1] * self.groups
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.kernel.shape[0]
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Taps along each window axis."""
+        return tuple(self.kernel.shape[2:])
+
+    @property
+    def rank(self) -> int:
+        """Number of window axes, at least one."""
+        return self.kernel.dim() - 2
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """Output samples from the first tap to the last, per axis, both included."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.window, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
 class AvgPool:
     """The mean of a window, with torch's options. One entry a window axis in window, stride and padding."""
 
@@ -138,15 +180,25 @@ class AvgPool:
 
 @dataclass(frozen=True, eq=False)
 class Pad:
-    """A border around each window axis; negative numbers crop. ``mode`` as ``padding_mode`` of Conv."""
+    """A border around each window axis; negative numbers crop. ``mode`` as ``padding_mode`` of Conv.
+
+    Shapes: value (c) or None: what stands in a border of mode zeros instead of zeros. A border that copies has none.
+    """
 
     channels: int
     padding: Pads
     mode: str = "zeros"
+    value: Tensor | None = None
+
+    @property
+    def pads(self) -> bool:
+        """Whether anything is added, not only cropped."""
+        return any(p > 0 for p in chain.from_iterable(self.padding))
 
 
-Operator = Identity | Scale | BatchNorm | Conv | AvgPool | Pad
+Operator = Identity | Scale | BatchNorm | Conv | ConvTranspose | AvgPool | Pad
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _Op = TypeVar("_Op", bound=Operator)
 
@@ -175,10 +227,12 @@ def run(operator: Operator, x: Tensor) -> Tensor:
             return y.movedim(1, axis)
         case AvgPool():
             return _run_pool(operator, x)
-        case Pad(_, padding, mode):
-            return _bordered(x, padding, mode)
+        case Pad():
+            return _run_pad(operator, x)
         case Conv():
             return _run_conv(operator, x)
+        case ConvTranspose(kernel, bias, stride, padding, more, dilation, groups):
+            return _TRANSPOSED[operator.rank](x, kernel, bias, stride, padding, more, groups, dilation)
 
 
 def _run_conv(conv: Conv, x: Tensor) -> Tensor:
@@ -194,6 +248,14 @@ def _bordered(x: Tensor, padding: Pads, mode: str) -> Tensor:
         x = F.pad(x, _torch_pads(tuple((max(a, 0), max(b, 0)) for a, b in padding)), mode=mode)
         padding = tuple((min(a, 0), min(b, 0)) for a, b in padding)
     return F.pad(x, _torch_pads(padding)) if any(chain.from_iterable(padding)) else x
+
+
+def _run_pad(pad: Pad, x: Tensor) -> Tensor:
+    y = _bordered(x, pad.padding, pad.mode)
+    if pad.value is None or pad.mode != "zeros":
+        return y
+    inside = _bordered(torch.ones_like(x[:1, :1]), pad.padding, "zeros") > 0
+    return torch.where(inside, y, _along(pad.value, 1, x.dim()))
 
 
 def _run_pool(pool: AvgPool, x: Tensor) -> Tensor:

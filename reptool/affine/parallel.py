@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reptool.affine.lower import block_diagonal
 from reptool.affine.operators import Conv, Refusal, Scale
+from reptool.affine.tensors import plus
 
 
 def add_scales(one: Scale, other: Scale) -> Scale | Refusal:
@@ -20,7 +21,7 @@ def add_scales(one: Scale, other: Scale) -> Scale | Refusal:
     """
     if one.axis != other.axis:
         return Refusal("the two scales act on different axes")
-    return Scale(one.gain + other.gain, _sum(one.shift, other.shift), one.axis)
+    return Scale(one.gain + other.gain, plus(one.shift, other.shift), one.axis)
 
 
 def add_convs(one: Conv, other: Conv) -> Conv | Refusal:
@@ -40,7 +41,7 @@ def add_convs(one: Conv, other: Conv) -> Conv | Refusal:
     wide, narrow, geometry = _laid_over(wide, narrow)
     merged = _embed(wide, geometry)
     merged.kernel[_slot(narrow, geometry)] += narrow.kernel  # in place: kernels are large, and this one is new
-    return replace(merged, bias=_sum(one.bias, other.bias))
+    return replace(merged, bias=plus(one.bias, other.bias))
 
 
 def stack_convs(one: Conv, other: Conv) -> Conv | Refusal:
@@ -60,6 +61,23 @@ def stack_convs(one: Conv, other: Conv) -> Conv | Refusal:
     if one.bias is not None or other.bias is not None:
         bias = torch.cat([_full_bias(one), _full_bias(other)])
     return replace(one, kernel=torch.cat([one.kernel, other.kernel]), bias=bias)
+
+
+def split_conv(conv: Conv, sections: tuple[int, ...]) -> tuple[Conv, ...] | Refusal:
+    """A convolution as one for each of these numbers of consecutive output channels.
+
+    ``conv(x)`` is the concatenation of the parts; each reads the input channels of its own groups, which follow one
+    another, and so all of them where there is one group.
+    """
+    if sum(sections) != conv.out_channels or min(sections, default=0) < 1:
+        return Refusal(f"{conv.out_channels} output channels are not {' + '.join(map(str, sections))}")
+    size = conv.out_channels // conv.groups
+    if conv.groups > 1 and any(section % size for section in sections):
+        return Refusal(f"a section cuts through one of the {conv.groups} groups")
+    kernels = torch.split(conv.kernel, list(sections))
+    biases = [None] * len(sections) if conv.bias is None else torch.split(conv.bias, list(sections))
+    counts = [section // size if conv.groups > 1 else 1 for section in sections]
+    return tuple(replace(conv, kernel=k, bias=b, groups=g) for k, b, g in zip(kernels, biases, counts, strict=True))
 
 
 def align(one: Conv, other: Conv) -> tuple[Conv, Conv] | Refusal:
@@ -132,13 +150,6 @@ def _slot(conv: Conv, geometry: list[tuple[int, int, int, int]]) -> tuple[slice,
         step = max(conv.dilation[axis] // grid, 1) if conv.window[axis] > 1 else 1
         at.append(slice(first, first + (conv.window[axis] - 1) * step + 1, step))
     return tuple(at)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum, where None is zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 def _full_bias(conv: Conv) -> Tensor:

@@ -7,22 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
+import operator
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from reptool.errors import CaptureError
+from reptool.graph.blame import advice, described, is_data_dependent, location, reason
+from reptool.graph.guards import BATCH, IMAGE, guard_inputs, open_axes
 from reptool.graph.inplace import is_functional, make_functional
+from reptool.graph.keeping import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.export import ExportedProgram
+
+
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default  # noqa: SLF001  # operators like any other
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # noqa: SLF001
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +62,11 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
     """
     refuse_training(model)
     refuse_hooks(model)
-    program = _export(model, example)
-    if not make_functional(program.graph):
-        with quiet():
-            program = program.run_decompositions({})
-        if not is_functional(program.graph):
-            raise CaptureError(
-                "cannot capture the model: it changes a tensor in place",
-                why="the changed tensor is also read under another name",
-                do="replace the in-place operation by its functional form",
-            )
+    with quiet(), torch.no_grad(), kept(model) as assigned:
+        program = _functional(_export(model, example))
+    _refuse_memory(program, assigned)
+    _drop_assertions(program.graph)
+    guard_inputs(program)
     return _captured(program)
 
 
@@ -74,29 +82,38 @@ def refuse_training(model: nn.Module) -> None:
             )
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Torch's own hooks that compute a weight before the call: they are traced with it."""
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """Raise if a hook could change a value."""
+    """Raise if a hook could change a value, unless it is one of torch's own that compute a weight."""
+    every = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)  # noqa: SLF001
+    for hook in (hook for hooks in every for hook in hooks.values()):
+        raise _foreign_hook("the model: a forward hook is registered for every module", hook, "every module")
     for path, module in model.named_modules():
-        for kind in _HOOKS[:2]:
-            for hook in getattr(module, kind).values():
-                raise CaptureError(
-                    f"cannot fuse {path or 'the model'}: it carries a forward hook",
-                    at=f"{path or '(root)'} ({type(module).__name__}), hook {getattr(hook, '__qualname__', hook)!s}",
-                    why="a hook may change what the module returns, and it would be lost",
-                    do="remove the hook, fuse, and register it again on the result",
-                )
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):  # noqa: SLF001
+            if not isinstance(hook, _WEIGHT_HOOKS):
+                named = f"{path or 'the model'}: it carries a forward hook"
+                raise _foreign_hook(named, hook, described(model, path))
+
+
+def _foreign_hook(what: str, hook: Callable[..., Any], at: str) -> CaptureError:
+    return CaptureError(
+        f"cannot fuse {what}",
+        at=f"{at}, hook {getattr(hook, '__qualname__', type(hook).__qualname__)}",
+        why="a hook may change what the module returns, and it would be lost",
+        do="remove the hook, fuse, and register it again on the result",
+    )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence torch's notices about its own internals; errors still raise."""
+    """Silence torch's notices about its own internals, printed ones too; errors still raise."""
     level = logging.root.manager.disable
     logging.disable(max(level, logging.WARNING))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -113,53 +130,98 @@ def _two_of(example: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _export(model: nn.Module, example: tuple[Any, ...]) -> ExportedProgram:
     """Capture with symbolic batch, height and width; with fewer symbols if the model objects."""
-    failure: Exception | None = None
+    failure: Exception = AssertionError("no attempt was made; please report this")
     doubled = _two_of(example)
-    attempts = [(doubled, (0, 2, 3)), (doubled, (0,)), (example, ())]
-    with quiet(), torch.no_grad():
-        for inputs, axes in attempts:
+    attempts = [(doubled, IMAGE), (doubled, BATCH), (example, ())]
+    for inputs, axes in attempts:
+        try:
             given = inspect.signature(model.forward).bind(*inputs).arguments
-            try:
-                return torch.export.export(model, inputs, strict=False, dynamic_shapes=_shapes(given, axes))
-            except Exception as error:  # noqa: BLE001  # torch.export raises many kinds; the last one is reported
-                failure = error
-    raise CaptureError(
+            return torch.export.export(model, inputs, strict=False, dynamic_shapes=_shapes(given, axes))
+        except Exception as error:  # noqa: BLE001  # torch.export raises many kinds; the last one is reported
+            failure = error
+            if is_data_dependent(error):
+                break
+    raise _no_graph(model, failure) from failure
+
+
+def _no_graph(model: nn.Module, failure: Exception) -> CaptureError:
+    return CaptureError(
         f"cannot capture {type(model).__name__} as a graph",
-        at=_user_line(failure),
-        why=str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__,
-        do="fuse the parts around it, or make that part independent of the data",
-    ) from failure
+        at=location(failure, model),
+        why=reason(failure),
+        do=advice(failure, model),
+    )
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without in-place operators."""
+    if make_functional(program.graph):
+        return program
+    try:
+        program = program.run_decompositions({})
+    except Exception as error:
+        raise _in_place(reason(error)) from error
+    _restore_norms(program.graph)
+    if not is_functional(program.graph):
+        raise _in_place("the changed tensor is also read under another name")
+    return program
+
+
+def _restore_norms(graph: fx.Graph) -> None:
+    """Write batch norms as the operator that models call: making a graph functional replaces it by a relative."""
+    for node in list(graph.nodes):
+        if node.target is _NORM:
+            results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+            if len(results) == len(node.users) == 1:
+                momentum, eps = node.args[5:]
+                with graph.inserting_before(node):
+                    norm = graph.call_function(
+                        torch.ops.aten.batch_norm.default, (*node.args[:5], False, momentum, eps, False)
+                    )
+                norm.meta = dict(results[0].meta)
+                results[0].replace_all_uses_with(norm)
+                graph.erase_node(results[0])
+                graph.erase_node(node)
+
+
+def _in_place(why: str) -> CaptureError:
+    what, do = "it changes a tensor in place", "replace the in-place operation by its functional form"
+    return CaptureError(f"cannot capture the model: {what}", why=why, do=do)
 
 
 def _shapes(given: dict[str, Any], axes: tuple[int, ...]) -> Any:
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return None
-        chosen = axes if leaf.dim() >= 4 else axes[:1]
-        return {a: torch.export.Dim.AUTO for a in chosen if a < leaf.dim()}
+        return {axis: torch.export.Dim.AUTO for axis in open_axes(leaf) if axis in axes}
 
     return pytree.tree_map(of, given)
 
 
-def _user_line(error: Exception | None) -> str | None:
-    """The last line of the user's own code in a traceback, as file:line."""
-    place, trace = None, error.__traceback__ if error else None
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "site-packages" not in name and "reptool" not in name:
-            place = f"{name}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
-    return place
+def _refuse_memory(program: ExportedProgram, assigned: set[str]) -> None:
+    """Raise if a tensor that the model keeps is changed in forward, unless its old value is not read."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    read = [names[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.name in names and n.users]
+    changed = [*signature.buffers_to_mutate.values(), *(name for name in read if name in assigned)]
+    if changed:
+        kind = "buffer" if changed[0] in signature.inputs_to_buffers.values() else "tensor"
+        raise CaptureError(
+            f"cannot fuse the model: its {kind} {changed[0]} changes in forward",
+            why="a result that depends on earlier calls is no fixed function",
+            do="compute it once, before fusing",
+        )
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Remove torch.export's assertions on dtypes and devices: a fused model may be moved, as the original may."""
+    for node in list(graph.nodes):
+        if node.target is _ASSERTION:
+            graph.erase_node(node)
 
 
 def _captured(program: ExportedProgram) -> Captured:
     signature = program.graph_signature
-    if signature.buffers_to_mutate:
-        raise CaptureError(
-            f"cannot fuse the model: its buffer {next(iter(signature.buffers_to_mutate.values()))} changes in forward",
-            why="a result that depends on earlier calls is no fixed function",
-            do="compute the buffer once, before fusing",
-        )
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants
     tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}

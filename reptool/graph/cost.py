@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-from reptool.affine.operators import AvgPool, Conv, Identity, Operator
+from reptool.affine.operators import AvgPool, Conv, ConvTranspose, Identity, Operator
 
 Cost = Callable[[Operator, tuple[int, ...], tuple[int, ...]], float]
 """(operator, input shape, output shape) -> cost; only differences matter."""
@@ -24,13 +24,14 @@ def roofline(operator: Operator, before: tuple[int, ...], after: tuple[int, ...]
     if isinstance(operator, Identity):
         return 0.0
     weights, taps = 0, 1
-    if isinstance(operator, Conv):
+    if isinstance(operator, Conv | ConvTranspose):
         weights = operator.kernel.numel()
         taps = prod(operator.kernel.shape[1:])
     elif isinstance(operator, AvgPool):
         taps = prod(operator.window)
     moved = _ITEM * (prod(before) + prod(after) + weights)
-    return prod(after) * taps / _MACS + moved / _BYTES + _LAUNCH
+    computed = before if isinstance(operator, ConvTranspose) else after  # where each entry meets all taps
+    return prod(computed) * taps / _MACS + moved / _BYTES + _LAUNCH
 
 
 def addition(shape: tuple[int, ...]) -> float:

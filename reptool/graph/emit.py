@@ -10,8 +10,8 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional as F
 
-from reptool.affine.operators import Conv
-from reptool.graph.layers import has_even_border, layer_of, rounded_weights
+from reptool.affine.operators import Conv, ConvTranspose
+from reptool.graph.layers import exact_weights, has_even_border, layer_of, rounded_weights
 from reptool.graph.naming import distinct, module_path, region_path, safe
 from reptool.graph.values import arguments_of
 
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from reptool.affine.operators import Operator
     from reptool.graph.capture import Captured
     from reptool.graph.normalise import Plan, Value
+
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.einsum.default)
+"""What is read as a matrix, and has it as an ordinary argument."""
+_VIEWS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.expand.default)
 
 
 class Fused(fx.GraphModule):
@@ -44,15 +50,23 @@ def _unpickled(rebuild: Any, arguments: tuple[Any, ...]) -> Fused:
 
 @dataclass(frozen=True, eq=False)
 class Emitted:
-    """A fused module, and for each rewritten value its name and the nodes that compute it now.
+    """A fused module, and the names of the values that were rewritten.
 
-    ``written`` maps every captured node that is still computed to its node in the fused module.
+    ``written`` maps every node that is still computed to its node in the fused module, ``copied`` those that were copied
+    as they are; ``new`` are the paths of new layers, with the value and the term that each computes.
     """
 
     module: Fused
+    plan: Plan
     names: dict[fx.Node, str]
-    regions: dict[fx.Node, list[fx.Node]]
     written: dict[fx.Node, fx.Node]
+    copied: dict[fx.Node, fx.Node]
+    new: dict[str, tuple[Value, int]]
+
+    def exact(self, path: str) -> dict[str, torch.Tensor]:
+        """The weights of a new layer in float64, before they were rounded; worked out anew, since they are large."""
+        value, term = self.new[path]
+        return exact_weights(self.plan.exact(value).terms[term].operator)
 
 
 def emit(captured: Captured, plan: Plan) -> Emitted:
@@ -67,7 +81,7 @@ def emit(captured: Captured, plan: Plan) -> Emitted:
     module.recompile()
     module.eval()
     names = {n: writer.names[n] for n in writer.regions}
-    return Emitted(module, names, writer.regions, writer.env)
+    return Emitted(module, plan, names, writer.env, writer.copied, writer.new)
 
 
 class _Writer:
@@ -75,7 +89,9 @@ class _Writer:
         self.captured, self.plan, self.reader = captured, plan, plan.reader
         self.root, self.graph = nn.Module(), fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        self.regions: dict[fx.Node, list[fx.Node]] = {}
+        self.regions: set[fx.Node] = set()
+        self.copied: dict[fx.Node, fx.Node] = {}
+        self.new: dict[str, tuple[Value, int]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.shared: dict[Any, str] = {}
         self.needed = self._needed()
@@ -91,24 +107,33 @@ class _Writer:
             if node not in needed:
                 needed.add(node)
                 value = self.plan.values.get(node)
-                written = value is not None and (value.rewritten or self._is_layer(value))
+                written = value is not None and (self._is_region(value) or self._is_layer(value))
                 stack += value.form.atoms if written and value is not None else node.all_input_nodes
         return needed
 
     def _is_layer(self, value: Value) -> bool:
         """Whether a value that nothing was merged into is an ordinary convolution or linear layer."""
         operator = value.form.terms[0].operator
-        return (
-            not value.rewritten
-            and len(value.form.terms) == 1
-            and isinstance(operator, Conv)
-            and has_even_border(operator)
-        )
+        if self._is_region(value) or len(value.form.terms) != 1 or value.node.target in _PRODUCTS:
+            return False
+        return isinstance(operator, ConvTranspose) or (isinstance(operator, Conv) and has_even_border(operator))
+
+    def _is_region(self, value: Value) -> bool:
+        """Whether a value is written anew: it was rewritten, or multiplies by a matrix that is computed each time."""
+        if value.rewritten or value.node.target not in _PRODUCTS:
+            return value.rewritten
+        return any(self._is_computed(n) for n in value.node.all_input_nodes)
+
+    def _is_computed(self, node: fx.Node) -> bool:
+        """Whether a constant is more than a view of a weight."""
+        if node in self.captured.state or self.reader.tensor(node) is None:
+            return False
+        return node.target not in _VIEWS or any(map(self._is_computed, node.all_input_nodes))
 
     def _wanted(self) -> dict[fx.Node, str]:
         wanted: dict[fx.Node, str] = {}
         for node, value in self.plan.values.items():
-            if node in self.needed and value.rewritten:
+            if node in self.needed and self._is_region(value):
                 wanted[node] = region_path(value, self.reader)
             elif node in self.needed and self._is_layer(value) and self._key(value) not in self.shared:
                 wanted[node] = self._layer_path(node)
@@ -138,12 +163,12 @@ class _Writer:
             self.env[node] = self._weight(node)
         elif node.op == "output":
             self.graph.output(fx.map_arg(node.args[0], self.env.__getitem__))
-        elif value is not None and value.rewritten:
+        elif value is not None and self._is_region(value):
             self.env[node] = self._region(value)
         elif value is not None and self._is_layer(value):
             self.env[node] = self._layer(value)
         else:
-            self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+            self.env[node] = self.copied[node] = self.graph.node_copy(node, self.env.__getitem__)
 
     def _weight(self, node: fx.Node) -> fx.Node:
         name = safe(self.captured.state[node][0])
@@ -188,17 +213,18 @@ class _Writer:
 
     def _region(self, value: Value) -> fx.Node:
         name = self.names[value.node]
-        before = set(self.graph.nodes)
         dtype, device = value.node.meta["val"].dtype, _device(value, self.plan)
         parts = []
-        for index, term in enumerate(value.form.terms):
+        for index, term in enumerate(self.plan.exact(value).terms):
             path = name if len(value.form.terms) == 1 else f"{name}.{index}"
             weights = rounded_weights(term.operator, dtype, device)
+            if weights:
+                self.new[path] = (value, index)
             parts.append(self._term(path, term.operator, weights, self.env[term.atom]))  # type: ignore[index]
         total = parts[0]
         for part in parts[1:]:
             total = self.graph.call_function(torch.add, (total, part))
-        self.regions[value.node] = [n for n in self.graph.nodes if n not in before]
+        self.regions.add(value.node)
         return total
 
     def _term(self, path: str, operator: Operator, weights: dict[str, nn.Parameter], atom: fx.Node) -> fx.Node:

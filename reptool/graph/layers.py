@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from reptool.affine.operators import AvgPool, Conv, Identity, Operator, Pad, Scale
+from reptool.affine.operators import AvgPool, Conv, ConvTranspose, Identity, Operator, Pad, Scale
 
 if TYPE_CHECKING:
     from reptool.affine.operators import Pads
@@ -42,6 +43,29 @@ class ChannelScale(nn.Module):
         return f"{len(self.gain)}, axis={self.axis}, shift={self.shift is not None}"
 
 
+class ChannelBorder(nn.Module):
+    """A border of a learned constant per channel.
+
+    Shapes: value (c); ``amounts`` as ``F.pad`` takes them, last axis first, negative ones crop
+    """
+
+    value: nn.Parameter
+
+    def __init__(self, value: nn.Parameter, amounts: list[int]) -> None:
+        super().__init__()
+        self.value = value
+        self.amounts = amounts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Put the border around each channel."""
+        inside = F.pad(torch.ones_like(x[:1, :1]), self.amounts) > 0
+        return torch.where(inside, F.pad(x, self.amounts), self.value.view(-1, *[1] * (x.dim() - 2)))
+
+    def extra_repr(self) -> str:
+        """Its size, for printing."""
+        return f"{len(self.value)}, amounts={self.amounts}"
+
+
 Border = tuple[list[int], str]
 """Arguments of ``F.pad``: amounts, last axis first, and mode."""
 
@@ -55,6 +79,7 @@ class Layer:
 
 
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _POOLS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
@@ -63,8 +88,10 @@ def exact_weights(operator: Operator) -> dict[str, Tensor]:
     match operator:
         case Scale(gain, shift):
             found = {"gain": gain, "shift": shift}
-        case Conv(kernel, bias):
+        case Conv(kernel, bias) | ConvTranspose(kernel, bias):
             found = {"weight": kernel, "bias": bias}
+        case Pad():
+            found = {"value": operator.value}
         case _:
             found = {}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -77,12 +104,14 @@ def layer_of(operator: Operator, weights: dict[str, nn.Parameter]) -> Layer:
             return Layer()
         case Scale():
             return Layer(module=ChannelScale(weights["gain"], weights.get("shift"), operator.axis))
-        case Conv():
-            layer = _conv_layer(operator)
+        case Conv() | ConvTranspose():
+            layer = _conv_layer(operator) if isinstance(operator, Conv) else Layer(module=_transposed_layer(operator))
             assert layer.module is not None  # noqa: S101  # a convolution always has one
             layer.module.weight = weights["weight"]
             layer.module.bias = weights.get("bias")  # type: ignore[assignment]  # None is no bias
             return layer
+        case Pad() if operator.value is not None:
+            return Layer(module=ChannelBorder(weights["value"], list(chain.from_iterable(reversed(operator.padding)))))
         case Pad():
             return Layer(_borders(operator.padding, operator.mode))
         case AvgPool():
@@ -116,6 +145,21 @@ def _conv_layer(conv: Conv) -> Layer:
         device="meta",
     )
     return Layer(() if even else _borders(conv.padding, conv.padding_mode), module)
+
+
+def _transposed_layer(conv: ConvTranspose) -> nn.Module:
+    layer: nn.Module = _TRANSPOSED[conv.rank](
+        conv.in_channels,
+        conv.out_channels,
+        conv.window,
+        stride=conv.stride,
+        padding=conv.padding,
+        output_padding=conv.output_padding,
+        groups=conv.groups,
+        dilation=conv.dilation,
+        device="meta",
+    )
+    return layer
 
 
 def _borders(padding: Pads, mode: str) -> tuple[Border, ...]:

@@ -1,8 +1,8 @@
 """The affine form of every node, rewritten where a rule allows it and the cost rule agrees.
 
 The graph is a set of values, each a Form over other nodes. Replacing an atom by its own form is a merge in series,
-gathering what stands over the same atom a merge in parallel; both are tried on outlines (shapes without values) first,
-so that nothing large is computed only to be refused.
+gathering what stands over the same atom a merge in parallel. All of that is decided on outlines, shapes without values;
+the steps are kept, and ``Plan.exact`` repeats them with the values, one region at a time.
 """
 
 from __future__ import annotations
@@ -14,30 +14,39 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from reptool.affine.form import Form, Term, collect, outline, substitute
-from reptool.affine.operators import Operator, Refusal
+from reptool.affine.operators import Operator, Pad, Refusal
 from reptool.graph.cost import Cost, addition
-from reptool.graph.read import Reader
-from reptool.graph.values import sizes_of
+from reptool.graph.values import OPERATOR, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from reptool.graph.capture import Captured
+    from reptool.graph.read import Reader
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """How a form changed: an atom replaced by its own form, as that had become by its own steps; None: terms gathered."""
+
+    atom: fx.Node | None = None
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(eq=False)
 class Value:
-    """An affine node: its form, the nodes that went into it, and what was not merged, with the reason."""
+    """An affine node: the outline of its form, the nodes that went into it, and what was not merged, with the reason."""
 
     node: fx.Node
     form: Form
     sources: set[fx.Node]
     kept_apart: dict[fx.Node, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
 
     @property
     def rewritten(self) -> bool:
-        """Whether anything was merged into it."""
-        return len(self.sources) > 1
+        """Whether anything was merged into it, or a rule made it."""
+        return len(self.sources) > 1 or OPERATOR in self.node.meta
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +56,34 @@ class Plan:
     values: dict[fx.Node, Value]
     opaque: dict[fx.Node, str]
     reader: Reader
+    cost: Cost
+
+    def exact(self, value: Value) -> Form:
+        """A value's form with all its values, in float64."""
+        form = _repeated(self.reader, self.cost, value.node, value.steps)
+        if isinstance(form, Refusal):
+            raise AssertionError(f"a rule refused values where it allowed shapes: {form.reason}; please report this")
+        return form
 
 
-def normalise(captured: Captured, cost: Cost) -> Plan:
+def _repeated(reader: Reader, cost: Cost, node: fx.Node, steps: tuple[Step, ...]) -> Form | Refusal:
+    """The form that steps make of a node's own, with all its values."""
+    form: Form | Refusal = reader.exact(node)
+    for step in steps:
+        if step.atom is not None:
+            inner = _repeated(reader, cost, step.atom, step.steps)
+            form = inner if isinstance(inner, Refusal) else substitute(form, step.atom, inner)  # type: ignore[arg-type]
+        if isinstance(form, Refusal):
+            return form
+        form = collect(form, _Worth(cost, sizes_of(node)))
+    return form
+
+
+def normalise(captured: Captured, reader: Reader, cost: Cost) -> Plan:
     """The plan of a captured graph.
 
     Every value starts as its own node; substitutions are made until none is left that the rules and the cost allow.
     """
-    reader = Reader(captured.state)
     values: dict[fx.Node, Value] = {}
     opaque: dict[fx.Node, str] = {}
     for node in captured.graph.nodes:
@@ -63,17 +92,17 @@ def normalise(captured: Captured, cost: Cost) -> Plan:
             opaque[node] = reading.reason
         else:
             values[node] = Value(node, reading, {node})
-    rewriter = _Rewriter(values, cost, [n for n in captured.graph.nodes if n in opaque])
+    rewriter = _Rewriter(values, cost, reader, [n for n in captured.graph.nodes if n in opaque])
     while rewriter.sweep():
         pass
-    return Plan({n: v for n, v in values.items() if rewriter.uses[n]}, opaque, reader)
+    return Plan({n: v for n, v in values.items() if rewriter.uses[n]}, opaque, reader, cost)
 
 
 class _Rewriter:
     """Substitutions over a set of values, with the number of times each is still used."""
 
-    def __init__(self, values: dict[fx.Node, Value], cost: Cost, opaque: list[fx.Node]) -> None:
-        self.values, self.cost = values, cost
+    def __init__(self, values: dict[fx.Node, Value], cost: Cost, reader: Reader, opaque: list[fx.Node]) -> None:
+        self.values, self.cost, self.reader = values, cost, reader
         self.uses: dict[Hashable, int] = dict.fromkeys(values, 0)
         for node in opaque:
             for used in node.all_input_nodes:
@@ -97,6 +126,10 @@ class _Rewriter:
     def _try(self, value: Value, inner: Value) -> bool:
         """Substitute one atom if the rules allow it and the estimate does not rise."""
         trial = substitute(_outlined(value.form), inner.node, _outlined(inner.form))
+        if not isinstance(trial, Refusal) and _compares_values(value.form, inner.node):
+            steps = (*value.steps, Step(inner.node, inner.steps))
+            exact = _repeated(self.reader, self.cost, value.node, steps)
+            trial = exact if isinstance(exact, Refusal) else trial
         if isinstance(trial, Refusal):
             value.kept_apart[inner.node] = trial.reason
             return False
@@ -108,22 +141,18 @@ class _Rewriter:
         if not _is_worth(before, after):
             value.kept_apart[inner.node] = f"merging would raise the estimate from {before:.3g} to {after:.3g} us"
             return False
-        self._replace(value, inner, shape)
-        return True
-
-    def _replace(self, value: Value, inner: Value, shape: tuple[int, ...]) -> None:
-        form = substitute(value.form, inner.node, inner.form)
-        if isinstance(form, Refusal):
-            raise AssertionError(f"a rule refused values where it allowed shapes: {form.reason}; please report this")
         value.kept_apart.pop(inner.node, None)
         value.sources |= inner.sources
-        self._swap(value, collect(form, self._worth(shape)))
+        value.steps += (Step(inner.node, inner.steps),)
+        self._swap(value, trial)
+        return True
 
     def _gather(self, value: Value) -> bool:
         """Merge terms over the same atom that stood there from the start, such as x + x."""
-        form = collect(value.form, self._worth(sizes_of(value.node)))
+        form = collect(_outlined(value.form), self._worth(sizes_of(value.node)))
         if len(form.terms) == len(value.form.terms):
             return False
+        value.steps += (Step(),)
         self._swap(value, form)
         return True
 
@@ -175,6 +204,11 @@ class _Worth:
 def _is_worth(before: float, after: float) -> bool:
     """Whether an estimate does not rise, up to rounding; an infinite one is never worth it."""
     return isfinite(after) and after <= before + 1e-9 * abs(before)
+
+
+def _compares_values(form: Form, atom: fx.Node) -> bool:
+    """Whether a law that looks at values is asked: an outline cannot answer whether a border has a given value."""
+    return any(isinstance(t.operator, Pad) and t.operator.value is not None for t in form.terms if t.atom is atom)
 
 
 def _outlined(form: Form) -> Form:

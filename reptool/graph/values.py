@@ -10,6 +10,15 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 
+aten = torch.ops.aten
+_CONSTANTS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.eye.default, aten.full.default)
+_CONSTANTS += (aten.ones.default, aten.zeros.default)
+OPERATOR = "operator"
+"""The entry of a node's ``meta`` that holds the operator it stands for, where a rule made the node."""
+EXACT = "exact"
+"""The entry that holds a function to make that operator with all its values, where it was inserted without them."""
+
+
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """The shape of a node's value; symbolic entries stay symbolic."""
     return tuple(node.meta["val"].shape)
@@ -46,7 +55,8 @@ class Weights:
 
     def _compute(self, node: fx.Node) -> Tensor | None:
         fixed = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
-        if not fixed or not node.all_input_nodes or not isinstance(node.meta.get("val"), Tensor):
+        made = bool(node.all_input_nodes) or node.target in _CONSTANTS
+        if not fixed or not made or not isinstance(node.meta.get("val"), Tensor):
             return None
         inputs = {n: self.tensor(n) for n in node.all_input_nodes}
         if any(value is None for value in inputs.values()):
@@ -55,6 +65,11 @@ class Weights:
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]  # an OpOverload, see above
         return result if isinstance(result, Tensor) else None
+
+    def outline(self, argument: Any) -> Tensor | None:
+        """The shape of a weight, as a float64 tensor without values, or None if the argument is not constant."""
+        value = self.tensor(argument)
+        return None if value is None else torch.empty(value.shape, dtype=torch.float64, device="meta")
 
     def constant(self, argument: Any) -> Tensor | None:
         """The value of a weight in float64, or None if the argument is not constant."""

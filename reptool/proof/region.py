@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reptool.proof.matmul import BatchedConvolutions
 from reptool.proof.verdict import RegionProof
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def prove_region(
     if not inputs:
         return RegionProof(name, float("inf"), passed=False, detail="no input to compare on")
     worst = 0.0
-    with torch.inference_mode():
+    with torch.inference_mode(), BatchedConvolutions():
         for operands in inputs:
             doubles = tuple(x.to(torch.float64) for x in operands)
             expected, got = original(*doubles), fused(*doubles)

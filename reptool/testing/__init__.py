@@ -6,12 +6,14 @@ For a new rule, add the strategy of its operands to ``FITTING`` and hold ``check
 
 from reptool.testing.check import TOLERANCE, check_rule, inputs, require_equal
 from reptool.testing.misses import changes, near_misses
-from reptool.testing.strategies import FITTING, Operands, convs, norms, operands, pools, scales
+from reptool.testing.nouns import borders, convs, norms, pools, scales, transposed_convs
+from reptool.testing.strategies import FITTING, Operands, operands
 
 __all__ = [
     "FITTING",
     "TOLERANCE",
     "Operands",
+    "borders",
     "changes",
     "check_rule",
     "convs",
@@ -22,4 +24,5 @@ __all__ = [
     "pools",
     "require_equal",
     "scales",
+    "transposed_convs",
 ]

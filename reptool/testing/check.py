@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reptool.affine.operators import AvgPool, BatchNorm, Conv, Operator, Pad, Refusal, Scale, run
+from reptool.affine.operators import AvgPool, BatchNorm, Conv, ConvTranspose, Operator, Pad, Refusal, Scale, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from reptool.affine.rules import Rule
+    from reptool.affine.rules import Answer, Rule
     from reptool.testing.strategies import Operands
 
 TOLERANCE = 1e-12
@@ -32,7 +32,7 @@ def check_rule(rule: Rule, operands: Operands) -> bool:
         return False
     for x in inputs(rule, operands):
         try:
-            expected, actual = _meaning(rule, operands, x), run(answer, x)
+            expected, actual = _meaning(rule, operands, x), _answered(rule, answer, x)
         except (RuntimeError, ValueError) as error:
             raise AssertionError(f"{rule.name}: operands or answer cannot run on {tuple(x.shape)}: {error}") from error
         require_equal(actual, expected, f"{rule.name} on {tuple(x.shape)}")
@@ -61,9 +61,11 @@ def inputs(rule: Rule, operands: Operands) -> Iterator[Tensor]:
 
 def _meaning(rule: Rule, operands: Operands, x: Tensor) -> Tensor:
     """What a rule's operands mean as they stand, by ``run`` alone."""
+    if rule.kind == "channels":
+        return _on_channels(operands[0], x)
     first = run(operands[0], x)
-    if rule.kind == "lower":
-        return first
+    if rule.kind in ("lower", "flatten"):
+        return first if rule.kind == "lower" else first.flatten(1)
     if rule.kind == "series":
         return run(operands[1], first)
     second = run(operands[1], x)
@@ -74,10 +76,29 @@ def _meaning(rule: Rule, operands: Operands, x: Tensor) -> Tensor:
     return first + second
 
 
+def _answered(rule: Rule, answer: Answer, x: Tensor) -> Tensor:
+    """What a rule's answer makes of the same input; several operators stand in a row."""
+    parts: Any = answer if isinstance(answer, tuple) else (answer,)
+    if rule.kind == "channels":
+        return _on_channels(parts[0], x)
+    if rule.kind == "flatten":
+        return run(parts[0], x.reshape(len(x), -1, *[1] * _rank(parts[0]))).flatten(1)
+    for operator in parts:
+        x = run(operator, x)
+    return x
+
+
+def _on_channels(conv: Conv, x: Tensor) -> Tensor:
+    """A convolution of (n, i, *window); a matrix on axis 1 of it."""
+    return run(conv, x) if conv.rank else run(conv, x.movedim(1, -1)).movedim(-1, 1)
+
+
 def _shapes(rule: Rule, operands: Operands) -> list[tuple[int, ...]]:
-    ops = [o for o in operands if not isinstance(o, int)]
-    i = ops[0].in_channels if isinstance(ops[0], Conv) else ops[0].channels
-    if rank := max(map(_rank, ops)) or (isinstance(ops[0], Scale) and _rank(operands[-1])):
+    ops = [o for o in operands if not isinstance(o, int | tuple)]
+    i = ops[0].in_channels if isinstance(ops[0], Conv | ConvTranspose) else ops[0].channels
+    if rule.kind == "flatten":
+        return _fixed(ops[0], i, operands[1])
+    if rank := _window_axes(rule, operands):
         smallest = [_smallest_input(rule, ops, a) for a in range(rank)]
         return [(2, i, *map(sum, zip(smallest, margin, strict=False))) for margin in _MARGINS]
     axes = {o.axis: o.channels for o in ops if isinstance(o, Scale | BatchNorm)}
@@ -88,12 +109,27 @@ def _shapes(rule: Rule, operands: Operands) -> list[tuple[int, ...]]:
     return [(2, i), (2, 5, i), (2, 3, 4, i)] if -1 in axes else [(2, i), (2, i, 5), (2, i, 4, 3)]
 
 
+def _fixed(operator: Operator, channels: int, size: int | tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Inputs of one size: a window of its own, or a number of positions, laid out in several ways."""
+    if isinstance(size, tuple):
+        return [(1, channels, *size), (3, channels, *size)]
+    layouts: list[tuple[int, ...]] = [(size,), (1, size), (size // 2, 2) if size % 2 == 0 else (size, 1, 1)]
+    last = isinstance(operator, Scale) and operator.axis == -1
+    return [(2, *layout, channels) if last else (2, channels, *layout) for layout in layouts]
+
+
+def _window_axes(rule: Rule, operands: Operands) -> int:
+    """Window axes of the input; a number stands for them where a rule asks for a rank."""
+    numbered = rule.kind == "channels" or isinstance(operands[0], Scale)
+    return max(_rank(o) for o in operands if numbered or not isinstance(o, int))
+
+
 def _rank(operand: Any) -> int:
     """Window axes of an operator; a number is a rank itself."""
     match operand:
         case int():
             return operand
-        case Conv():
+        case Conv() | ConvTranspose():
             return operand.rank
         case AvgPool():
             return len(operand.window)
@@ -105,11 +141,11 @@ def _rank(operand: Any) -> int:
 def _smallest_input(rule: Rule, ops: list[Any], axis: int) -> int:
     """Samples along an axis from which every operand makes at least one."""
     if rule.kind != "series":
-        return max(_needed(o, 1, axis) for o in ops)
-    return _needed(ops[0], _needed(ops[1], 1, axis), axis)
+        return max(needed(o, 1, axis) for o in ops)
+    return needed(ops[0], needed(ops[1], 1, axis), axis)
 
 
-def _needed(operator: Operator, outputs: int, axis: int) -> int:
+def needed(operator: Operator, outputs: int, axis: int) -> int:
     """Samples along an axis from which an operator makes that many, its border no larger than they are."""
     match operator:
         case Conv() if operator.rank:
@@ -119,6 +155,9 @@ def _needed(operator: Operator, outputs: int, axis: int) -> int:
             return max(span - sum(border), window[axis])  # torch's 3-d pool asks for a whole window
         case Pad():
             span, border = outputs, operator.padding[axis]
+        case ConvTranspose(_, _, stride, padding, more):
+            missing = outputs + 2 * padding[axis] - operator.reach[axis] - more[axis]
+            return 1 + max(0, -(-missing // stride[axis]))
         case _:
             return outputs
     return max(span - sum(border), 1 + sum(map(abs, border)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from hypothesis import strategies as st
 
-from reptool.affine.operators import AvgPool, BatchNorm, Conv, Identity, Pad, Pads, Scale
-from reptool.testing.strategies import MODES, Operands, divisors, operands
+from reptool.affine.operators import AvgPool, BatchNorm, Conv, ConvTranspose, Identity, Pad, Pads, Scale
+from reptool.testing.nouns import MODES, divisors
+from reptool.testing.strategies import Operands, operands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn
 
     from reptool.affine.rules import Rule
+
+_Conv = TypeVar("_Conv", Conv, ConvTranspose)
 
 
 @st.composite
@@ -42,6 +45,8 @@ def changes(operand: Any, *, branch: bool = False) -> Iterator[Any]:
     match operand:
         case int():
             yield operand % 3 + 1
+        case tuple():
+            yield from _size_changes(operand)
         case Identity(channels):
             yield Identity(channels + 1)
         case Scale(gain, shift, axis):
@@ -54,10 +59,19 @@ def changes(operand: Any, *, branch: bool = False) -> Iterator[Any]:
         case AvgPool():
             yield from _pool_changes(operand)
         case Pad():
-            yield from (replace(operand, padding=p) for p in _border_changes(operand.padding))
+            yield from _pad_changes(operand)
         case Conv():
             yield from _conv_changes(operand)
             yield from _channel_changes(operand) if branch else ()
+        case ConvTranspose():
+            yield from _transposed_changes(operand)
+            yield from _channel_changes(operand) if branch else ()
+
+
+def _size_changes(size: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    yield from (size[1:], (*size, 2))
+    for a, n in enumerate(size):
+        yield from ((*size[:a], m, *size[a + 1 :]) for m in (n + 1, n - 1, 1))
 
 
 def _norm_changes(norm: BatchNorm) -> Iterator[BatchNorm]:
@@ -69,6 +83,13 @@ def _pool_changes(pool: AvgPool) -> Iterator[AvgPool]:
     yield from (replace(pool, ceil_mode=True), replace(pool, divisor_override=3))
     yield replace(pool, count_include_pad=not pool.count_include_pad)
     yield replace(pool, padding=tuple(k // 2 for k in pool.window), count_include_pad=False)
+
+
+def _pad_changes(pad: Pad) -> Iterator[Pad]:
+    yield from (replace(pad, padding=p) for p in _border_changes(pad.padding))
+    yield from (replace(pad, mode=mode, value=pad.value if mode == "zeros" else None) for mode in MODES)
+    if pad.mode == "zeros":
+        yield replace(pad, value=torch.ones(pad.channels, dtype=torch.float64) if pad.value is None else None)
 
 
 def _conv_changes(conv: Conv) -> Iterator[Conv]:
@@ -86,10 +107,32 @@ def _conv_changes(conv: Conv) -> Iterator[Conv]:
         yield replace(conv, kernel=torch.randn(shape, dtype=torch.float64, generator=noise), groups=groups)
 
 
-def _channel_changes(conv: Conv) -> Iterator[Conv]:
-    twice = torch.cat([conv.kernel, conv.kernel])
-    yield replace(conv, kernel=twice, bias=None)
-    yield replace(conv, kernel=torch.cat([conv.kernel, conv.kernel], 1))
+def _transposed_changes(conv: ConvTranspose) -> Iterator[ConvTranspose]:
+    noise = torch.Generator().manual_seed(conv.kernel.numel())
+    yield replace(conv, bias=conv.kernel.new_ones(conv.out_channels) if conv.bias is None else None)
+    for a in range(conv.rank):
+        for name, value in _geometry_changes(conv, a):
+            fields: dict[str, Any] = {name: (*getattr(conv, name)[:a], value, *getattr(conv, name)[a + 1 :])}
+            yield replace(conv, **fields)
+        yield replace(conv, kernel=torch.cat([conv.kernel, conv.kernel.narrow(a + 2, 0, 1)], a + 2))
+    for groups in divisors(conv.in_channels, conv.out_channels):
+        shape = (conv.in_channels, conv.out_channels // groups, *conv.window)
+        yield replace(conv, kernel=torch.randn(shape, dtype=torch.float64, generator=noise), groups=groups)
+
+
+def _geometry_changes(conv: ConvTranspose, a: int) -> Iterator[tuple[str, int]]:
+    """Another stride, padding or dilation on one axis, as far as torch takes the output padding beside it."""
+    stride, dilation, more = conv.stride[a], conv.dilation[a], conv.output_padding[a]
+    yield from (("padding", p) for p in (conv.padding[a] + 1, conv.padding[a] - 1) if p >= 0)
+    yield from (("stride", s) for s in (1, 2) if s != stride and more < max(s, dilation))
+    yield from (("dilation", d) for d in (1, 2) if d != dilation and more < max(d, stride))
+    yield from (("output_padding", m) for m in (more + 1, more - 1) if 0 <= m < max(stride, dilation))
+
+
+def _channel_changes(conv: _Conv) -> Iterator[_Conv]:
+    """Twice the channels that lie on axis 0 of the kernel, and twice those on axis 1."""
+    yield replace(conv, kernel=torch.cat([conv.kernel, conv.kernel]), bias=None)
+    yield replace(conv, kernel=torch.cat([conv.kernel, conv.kernel], 1), bias=None)
 
 
 def _border_changes(padding: Pads) -> Iterator[Pads]:

@@ -1,4 +1,4 @@
-"""Random operators, and random operands that usually fit a rule."""
+"""Random operands that usually fit a rule."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
-from reptool.affine.operators import AvgPool, BatchNorm, Conv, Identity, Pad, Pads, Scale
+from reptool.affine.operators import ConvTranspose, Identity, Pad
+from reptool.testing.check import needed
+from reptool.testing.nouns import (
+    MODES,
+    borders,
+    convs,
+    entries,
+    maybe,
+    norms,
+    pads,
+    pointwise,
+    pools,
+    scales,
+    tensors,
+    transposed_convs,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -17,88 +31,8 @@ if TYPE_CHECKING:
     from reptool.affine.rules import Rule
 
 Operands = tuple[Any, ...]
-MODES = ("zeros", "reflect", "replicate", "circular")
-_RANKS = st.sampled_from((0, 1, 1, 1, 2, 2, 2, 2, 2, 3))
+_RANKS = st.sampled_from((0, 0, 1, 1, 1, 2, 2, 2, 2, 3))
 _WINDOWED = st.sampled_from((1, 1, 1, 2, 2, 2, 2, 2, 3))
-
-
-# Random operators
-
-
-@st.composite
-def tensors(draw: DrawFn, *shape: int) -> Tensor:
-    """Dense normal numbers in float64."""
-    seed = draw(st.integers(0, 2**31))
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def maybe(*shape: int) -> SearchStrategy[Tensor | None]:
-    """A tensor, or None."""
-    return st.booleans().flatmap(lambda there: tensors(*shape) if there else st.none())
-
-
-def entries(rank: int, *values: int) -> SearchStrategy[tuple[int, ...]]:
-    """One of the values for each window axis."""
-    return st.tuples(*[st.sampled_from(values)] * rank)
-
-
-def pads(rank: int, *values: int) -> SearchStrategy[Pads]:
-    """A border of these sizes for each window axis, its two sides drawn apart."""
-    return st.tuples(*[st.tuples(*[st.sampled_from(values)] * 2)] * rank)
-
-
-@st.composite
-def convs(draw: DrawFn, /, rank: int, i: int | None = None, o: int | None = None, **fixed: Any) -> Conv:
-    """Any convolution of that rank, with the channels and fields that are given."""
-    groups = fixed.get("groups") or draw(st.sampled_from(divisors(i, o)) if rank else st.just(1))
-    i = i or groups * draw(st.integers(1, 6 // groups))
-    o = o or groups * draw(st.integers(1, 6 // groups))
-    window = fixed.pop("window", None) or draw(entries(rank, 1, 2, 3, 4))
-    conv = Conv(
-        draw(tensors(o, i // groups, *window)),
-        draw(maybe(o)),
-        draw(entries(rank, 1, 2)),
-        draw(pads(rank, 0, 0, 1, 2, -1)),
-        draw(entries(rank, 1, 2)),
-        groups,
-        draw(st.sampled_from(MODES)) if rank else "zeros",
-    )
-    return replace(conv, **fixed)
-
-
-@st.composite
-def scales(draw: DrawFn, channels: int | None = None, axis: int | None = None) -> Scale:
-    """Any scale."""
-    c = channels or draw(st.integers(1, 6))
-    return Scale(draw(tensors(c)), draw(maybe(c)), axis or draw(st.sampled_from((1, -1))))
-
-
-@st.composite
-def norms(draw: DrawFn) -> BatchNorm:
-    """Any batch norm in evaluation, with or without affine parameters."""
-    c = draw(st.integers(1, 6))
-    var = draw(tensors(c)).square() + draw(st.sampled_from((1e-3, 0.1)))
-    eps, axis = draw(st.sampled_from((1e-5, 1e-3, 0.0))), draw(st.sampled_from((1, -1)))
-    return BatchNorm(draw(tensors(c)), var, draw(maybe(c)), draw(maybe(c)), eps, axis)
-
-
-@st.composite
-def pools(draw: DrawFn) -> AvgPool:
-    """An average pool that is a plain mean; its border, if any, is counted."""
-    rank = draw(st.integers(1, 3))
-    window = draw(entries(rank, 1, 2, 3, 4))
-    padding = tuple(draw(st.integers(0, k // 2)) for k in window)
-    count = any(padding) or draw(st.booleans())
-    return AvgPool(draw(st.integers(1, 6)), window, draw(entries(rank, 1, 2, 3)), padding, count_include_pad=count)
-
-
-def divisors(i: int | None, o: int | None) -> list[int]:
-    """1, 2 and depthwise, as far as they divide the channels that are known."""
-    known = [c for c in (i, o) if c]
-    return [g for g in sorted({1, 2, 3, *known}) if all(c % g == 0 for c in known)]
-
-
-# Operands that usually fit
 
 
 @st.composite
@@ -109,7 +43,7 @@ def _scale_and_rank(draw: DrawFn) -> Operands:
 
 @st.composite
 def _conv_and_groups(draw: DrawFn) -> Operands:
-    conv = draw(_WINDOWED.flatmap(convs))
+    conv = draw(_WINDOWED.flatmap(draw(st.sampled_from((convs, convs, transposed_convs)))))
     return conv, draw(st.sampled_from([g for g in range(1, conv.groups + 1) if conv.groups % g == 0]))
 
 
@@ -141,15 +75,10 @@ def _conv_and_conv(draw: DrawFn) -> Operands:
     if between in ("nothing", "crop"):
         first = draw(convs(rank))
         return first, draw(convs(rank, first.out_channels, padding=draw(pads(rank, 0, -(between == "crop")))))
-    pointwise: dict[str, Any] = {
-        "window": (1,) * rank,
-        "stride": (1,) * rank,
-        "padding": ((0, 0),) * rank,
-        "padding_mode": "zeros",
-    }
+    fields = pointwise(rank)
     if between == "zeros":
-        pointwise |= {"bias": None, "padding": draw(pads(rank, 0, 0, 1, -1))}
-    first = draw(convs(rank, **pointwise))
+        fields |= {"bias": None, "padding": draw(pads(rank, 0, 0, 1, -1))}
+    first = draw(convs(rank, **fields))
     return first, draw(convs(rank, first.out_channels, padding_mode=between if rank else "zeros"))
 
 
@@ -165,19 +94,118 @@ def _two_branches(draw: DrawFn, *, stack: bool = False) -> Operands:
     return one, replace(other, padding=tuple((a, p + q - r + s - a) for a, (p, q), r, s in ends))
 
 
+@st.composite
+def _matrix_and_rank(draw: DrawFn) -> Operands:
+    return draw(convs(0)), draw(_WINDOWED)
+
+
+@st.composite
+def _conv_and_size(draw: DrawFn) -> Operands:
+    """A small convolution, and a window that holds its reach and feeds its border."""
+    rank = draw(_WINDOWED)
+    small = {"window": draw(entries(rank, 1, 2, 3))} if rank < 3 else {"window": (2, 1, 2)}
+    conv = draw(convs(rank, **small))
+    return conv, tuple(needed(conv, 1, a) + draw(st.integers(0, 4 - rank)) for a in range(rank))
+
+
+@st.composite
+def _scale_and_pad(draw: DrawFn) -> Operands:
+    """A border of any value around any scale; where a gain is zero, of the value that it makes."""
+    scale = draw(scales(axis=1))
+    c = scale.channels
+    pad = draw(_WINDOWED.flatmap(lambda rank: borders(rank, c)))
+    if pad.mode != "zeros" or draw(st.booleans()):
+        return scale, pad
+    dead = draw(tensors(c)) > 0
+    shift = torch.zeros_like(scale.gain) if scale.shift is None else scale.shift
+    value = shift if draw(st.booleans()) else torch.where(dead, shift, draw(tensors(c)))
+    return replace(scale, gain=torch.where(dead, 0, scale.gain)), replace(pad, value=value)
+
+
+@st.composite
+def _conv_and_pad(draw: DrawFn) -> Operands:
+    """A crop behind any convolution; or behind a pointwise one, the border that it makes of zeros, or a copying one."""
+    rank, between = draw(_WINDOWED), draw(st.sampled_from(("crop", "zeros", "zeros", *MODES[1:])))
+    if between == "crop":
+        conv = draw(convs(rank))
+        return conv, Pad(conv.out_channels, draw(pads(rank, 0, -1)), value=draw(maybe(conv.out_channels)))
+    fields = pointwise(rank) | ({"padding": draw(pads(rank, 0, 0, 1))} if between == "zeros" else {})
+    conv = draw(convs(rank, **fields))
+    value = conv.bias if between == "zeros" else None
+    return conv, Pad(conv.out_channels, draw(pads(rank, 0, 1, 2, -(between != "zeros"))), between, value)
+
+
+@st.composite
+def _transposed_and_scale(draw: DrawFn) -> Operands:
+    conv = draw(_WINDOWED.flatmap(transposed_convs))
+    return conv, draw(scales(conv.out_channels, 1))
+
+
+@st.composite
+def _even_transposed(draw: DrawFn) -> ConvTranspose:
+    """A transposed convolution each output of which reads every tap."""
+    conv = draw(_WINDOWED.flatmap(lambda rank: transposed_convs(rank, stride=(1,) * rank)))
+    more = zip(conv.reach, conv.output_padding, strict=True)
+    return replace(conv, padding=tuple(r - 1 + m + draw(st.integers(0, 1)) for r, m in more))
+
+
+@st.composite
+def _scale_and_transposed(draw: DrawFn) -> Operands:
+    if draw(st.booleans()):
+        conv = draw(_even_transposed())
+        return draw(scales(conv.in_channels, 1)), conv
+    conv = draw(_WINDOWED.flatmap(transposed_convs))
+    return replace(draw(scales(conv.in_channels, 1)), shift=None), conv
+
+
+@st.composite
+def _conv_and_transposed(draw: DrawFn) -> Operands:
+    even = draw(st.booleans())
+    then = draw(_even_transposed() if even else _WINDOWED.flatmap(transposed_convs))
+    first = draw(convs(then.rank, None, then.in_channels, **pointwise(then.rank)))
+    return first if even else replace(first, bias=None), then
+
+
+@st.composite
+def _transposed_and_conv(draw: DrawFn) -> Operands:
+    first = draw(_WINDOWED.flatmap(transposed_convs))
+    return first, draw(convs(first.rank, first.out_channels, **pointwise(first.rank)))
+
+
+@st.composite
+def _two_transposed(draw: DrawFn) -> Operands:
+    one = draw(_WINDOWED.flatmap(transposed_convs))
+    same = ("window", "stride", "padding", "output_padding", "dilation")
+    fields = {name: getattr(one, name) for name in same}
+    return one, draw(transposed_convs(one.rank, one.in_channels, one.out_channels, **fields))
+
+
 FITTING: dict[str, SearchStrategy[Operands]] = {
     "norm_is_scale": st.tuples(norms()),
     "identity_is_scale": st.tuples(st.builds(Identity, st.integers(1, 6))),
     "scale_is_conv": _scale_and_rank(),
     "pool_is_conv": st.tuples(pools()),
-    "pad_is_conv": st.tuples(st.builds(Pad, st.integers(1, 6), _WINDOWED.flatmap(lambda r: pads(r, 0, 1, 2, -1)))),
+    "pad_is_conv": st.tuples(_WINDOWED.flatmap(borders).map(lambda pad: replace(pad, value=None))),
     "regroup": _conv_and_groups(),
+    "transposed_is_conv": st.tuples(_WINDOWED.flatmap(lambda rank: transposed_convs(rank, stride=(1,) * rank))),
+    "matrix_is_conv": _matrix_and_rank(),
+    "conv_is_pointwise_matrix": st.tuples(_WINDOWED.flatmap(lambda rank: convs(rank, **pointwise(rank)))),
+    "flatten_scale": st.tuples(scales(), st.integers(1, 6)),
+    "conv_is_block_matrix": _conv_and_size(),
+    "conv_is_matrix": _conv_and_size(),
     "scale_then_scale": _two_scales(),
     "conv_then_scale": _conv_and_scale(),
     "scale_then_conv": _scale_and_conv(),
     "conv_then_conv": _conv_and_conv(),
+    "scale_then_pad": _scale_and_pad(),
+    "conv_then_pad": _conv_and_pad(),
+    "transposed_then_scale": _transposed_and_scale(),
+    "scale_then_transposed": _scale_and_transposed(),
+    "conv_then_transposed": _conv_and_transposed(),
+    "transposed_then_conv": _transposed_and_conv(),
     "add_scales": _two_scales(),
     "add_convs": _two_branches(),
+    "add_transposed": _two_transposed(),
     "stack_convs": _two_branches(stack=True),
 }
 

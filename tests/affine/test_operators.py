@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reptool.affine.operators import AvgPool, BatchNorm, Conv, Identity, Pad, Refusal, Scale, double, run
+from reptool.affine.operators import AvgPool, BatchNorm, Conv, ConvTranspose, Identity, Pad, Refusal, Scale, double, run
 from reptool.testing import require_equal
 
 CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -62,6 +62,28 @@ def test_conv_is_torchs_convolution(rank, options):
     module = CLASSES[rank](4, 8, **options).double()
     x = noise(2, 4, *SIZES[rank])
     require_equal(run(conv_of(module), x), module(x), "conv")
+
+
+TRANSPOSED = [
+    {"kernel_size": 3},
+    {"kernel_size": 2, "stride": 2, "bias": False},
+    {"kernel_size": 4, "stride": 2, "padding": 1, "groups": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "groups": 4},
+    {"kernel_size": 2, "dilation": 2, "padding": 2, "output_padding": 1},
+    {"kernel_size": 1, "stride": 3},
+]
+
+
+@pytest.mark.parametrize(
+    ("rank", "module"), [(1, nn.ConvTranspose1d), (2, nn.ConvTranspose2d), (3, nn.ConvTranspose3d)]
+)
+@pytest.mark.parametrize("options", TRANSPOSED, ids=str)
+def test_transposed_conv_is_torchs(rank, module, options):
+    """A ConvTranspose means what nn.ConvTranspose1d, 2d and 3d do with the same fields."""
+    module = module(4, 8, **options).double()
+    geometry = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
+    x = noise(2, 4, *SIZES[rank])
+    require_equal(run(double(ConvTranspose(module.weight, module.bias, *geometry)), x), module(x), "transposed")
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
@@ -147,6 +169,16 @@ def test_pad_is_torchs_zero_border():
     require_equal(run(Pad(3, ((1, -2), (0, 3))), x), nn.ZeroPad2d((0, 3, 1, -2))(x), "pad")
 
 
+def test_pad_has_a_value_per_channel():
+    """A border with a value is that constant in each channel; a crop at its other side is none; the inside is as it was."""
+    x, value = noise(2, 3, 5, 6), noise(3)
+    y = run(Pad(3, ((1, -2), (0, 3)), value=value), x)
+    assert torch.equal(y[:, :, 1:, :6], x[:, :, :3])
+    border = value.view(1, 3, 1, 1)
+    assert torch.equal(y[:, :, :1], border.expand(2, 3, 1, 9))
+    assert torch.equal(y[:, :, :, 6:], border.expand(2, 3, 4, 3))
+
+
 def test_identity_returns_its_input():
     """The identity is the very same tensor."""
     x = noise(2, 3)
@@ -160,6 +192,7 @@ OPERATORS = [
     Conv(torch.ones(2, 2)),
     AvgPool(2, (2,), (2,), (0,)),
     Pad(2, ((1, 1),)),
+    ConvTranspose(torch.ones(2, 2, 1), None, (1,), (0,), (0,), (1,)),
     Refusal("because"),
 ]
 
@@ -191,6 +224,12 @@ def test_conv_knows_its_geometry():
     conv = Conv(noise(4, 2, 3, 1), None, (1, 1), ((-1, 0), (0, -1)), (2, 5), 2)
     assert (conv.out_channels, conv.in_channels, conv.window, conv.rank) == (4, 4, (3, 1), 2)
     assert (conv.reach, conv.pads) == ((5, 1), False)
+
+
+def test_transposed_conv_knows_its_geometry():
+    """The input channels are axis 0 of the kernel, the output channels axis 1 times the groups."""
+    conv = ConvTranspose(noise(4, 3, 3, 1), None, (2, 1), (0, 0), (1, 0), (2, 5), 2)
+    assert (conv.in_channels, conv.out_channels, conv.window, conv.rank, conv.reach) == (4, 6, (3, 1), 2, (5, 1))
 
 
 def test_refusal_is_false():

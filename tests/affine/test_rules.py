@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from reptool.affine import lower, parallel, series
+from reptool.affine import lower, parallel, pointwise, series, transposed, window
 from reptool.affine.lower import norm_is_scale, pool_is_conv, regroup, scale_is_conv
 from reptool.affine.operators import AvgPool, BatchNorm, Conv, Pad, Refusal, Scale, run
 from reptool.affine.parallel import add_convs
 from reptool.affine.rules import RULES, Rule
 from reptool.affine.series import conv_then_conv, conv_then_scale
-from reptool.testing import FITTING, TOLERANCE, check_rule, near_misses, operands, require_equal
+from reptool.testing import FITTING, TOLERANCE, check_rule, inputs, near_misses, operands, require_equal
 
 EXAMPLES = int(os.environ.get("REPTOOL_EXAMPLES", "60"))
 FLOOR = 0.8
@@ -61,12 +61,33 @@ def test_rule_refuses_near_misses_or_is_exact_on_them(rule):
 
 
 def test_every_rule_is_listed_and_tells_its_law():
-    """Each public function of the three files is a rule with a law, or a helper that two rules share."""
-    modules = (lower, series, parallel)
+    """Each public function of the files of laws is a rule with a law, or a helper."""
+    modules = (lower, pointwise, window, series, parallel, transposed)
     public = {n for m in modules for n, f in getmembers(m, isfunction) if f.__module__ == m.__name__ and n[0] != "_"}
-    assert public - set(by_name) == {"align", "block_diagonal"}
+    assert public - set(by_name) == {"align", "block_diagonal", "split_conv", "uniform"}
     assert set(by_name) == set(FITTING)
     assert all("Law:  " in getdoc(rule.apply) for rule in RULES)
+
+
+LINEAR = ("scale_is_conv", "conv_then_scale", "scale_then_conv", "conv_then_conv", "add_convs", "stack_convs")
+"""The rules that take a linear layer."""
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layers_are_checked_with_leading_axes(name):
+    """A rule that takes a linear layer is held to it on inputs of two, three and four axes, several times."""
+    dims = []
+
+    @often
+    @given(operands(by_name[name]))
+    def examples(them) -> None:
+        linear = [o for o in them if isinstance(o, Conv) and o.rank == 0]
+        if (linear or them[-1] == 0) and check_rule(by_name[name], them):
+            dims.append([x.dim() for x in inputs(by_name[name], them)])
+
+    examples()
+    assert len(dims) > 2
+    assert all(d == [2, 3, 4] for d in dims)
 
 
 # The cases of the literature

@@ -132,7 +132,9 @@ CALLS = [
     ((6, 4), (4, 5), (3, 3), 2, 1, 1, 1, False, True),
     ((6, 4), (7, 6), (3, 2), (2, 1), (0, 1), (2, 1), 1, True, True),
     ((6, 4), (9, 9), (3, 3), 1, 1, 1, 1, True, False),
-    ((6, 4), (2, 2), (3, 3), 1, 1, 1, 2, True, False),
+    ((6, 4), (2, 2), (3, 3), 1, 1, 1, 2, True, True),
+    ((6, 6), (9, 8), (3, 3), 2, 1, 1, 6, True, True),
+    ((6, 4), (9, 8), (1, 1), 1, 0, 1, 2, False, True),
     ((6, 4), (2, 2), (1, 1), 1, 0, 1, 1, True, False),
 ]
 
@@ -145,7 +147,7 @@ def test_batched_convolution_is_the_convolution(call, monkeypatch):
     x = torch.randn(3, i, *size, dtype=torch.float64)
     calls = []
     real = matmul._conv
-    monkeypatch.setattr(matmul, "_conv", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(matmul, "_conv", lambda **given: calls.append(1) or real(**given))
     with torch.no_grad():
         expected = layer(x)
         with matmul.BatchedConvolutions():
@@ -162,6 +164,7 @@ def test_batched_convolution_leaves_other_calls_alone():
         lambda: torch.conv2d(x[0].double(), w.double(), None, (1, 1), (1, 1), (1, 1), 1),
         lambda: torch.conv2d(x.double(), w.double(), None, (1, 1), "same", (1, 1), 1),
         lambda: torch.conv2d(x.double(), w.double(), padding=1),
+        lambda: torch.conv1d(x[:, 0].double(), w[:, 0, :, :2].double()),
     ]
     for call in calls:
         expected = call()

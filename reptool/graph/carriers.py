@@ -1,0 +1,160 @@
+"""Nodes that move values and change none, and where an axis is after them.
+
+Whatever acts on one axis alone can change places with such a *carrier*, as long as that axis stays an axis of its own.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+from reptool.graph.draft import is_tensor
+from reptool.graph.values import arguments_of, shape_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+aten = torch.ops.aten
+_COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default, aten.dropout.default)
+_SHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,  # noqa: SLF001  # ATen's name
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.reshape_as.default,
+    aten.view_as.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
+_RESAMPLES = (
+    aten.upsample_nearest2d.vec,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_nearest1d.vec,
+    aten.upsample_linear1d.vec,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)
+
+
+def carried(node: fx.Node) -> fx.Node | None:
+    """The value that a carrier moves; None if the node is no carrier."""
+    if node.op != "call_function" or node.target not in _MOVES or not is_tensor(node):
+        return None
+    value = node.args[0]
+    return value if isinstance(value, fx.Node) and is_tensor(value) else None
+
+
+def axis_after(node: fx.Node, axis: int) -> int | None:
+    """Where an axis of a carrier's input is in its result, counted from 0; None if it is no axis of its own there."""
+    value = carried(node)
+    if value is None or not 0 <= axis < len(shape_of(value)):
+        return None
+    return _MOVES[node.target](node, value, axis)  # type: ignore[index]
+
+
+def axis_before(node: fx.Node, axis: int) -> int | None:
+    """Where an axis of a carrier's result was in its input; None if it was none of its own."""
+    value = carried(node)
+    if value is None:
+        return None
+    return next((a for a in range(len(shape_of(value))) if axis_after(node, a) == axis), None)
+
+
+def computes_nothing(node: fx.Node) -> bool:
+    """Whether a carrier returns exactly its input's entries, each once, in another arrangement."""
+    return carried(node) is not None and node.target in {*_COPIES, *_SHAPES, *_ORDERS}
+
+
+def _same(_node: fx.Node, _value: fx.Node, axis: int) -> int | None:
+    return axis
+
+
+def _copied(node: fx.Node, _value: fx.Node, axis: int) -> int | None:
+    return None if arguments_of(node).get("train") else axis
+
+
+def _permuted(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    rank = len(shape_of(value))
+    return [d % rank for d in node.args[1]].index(axis)  # type: ignore[union-attr]
+
+
+def _transposed(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    rank = len(shape_of(value))
+    one, other = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+    return {one: other, other: one}.get(axis, axis)
+
+
+def _reshaped(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    """An axis survives where the same size stands behind the same number of entries."""
+    before, after = ([_symbol(s) for s in shape_of(n)] for n in (value, node))
+    for other in range(len(after)):
+        same_place = _equal(prod(before[:axis]), prod(after[:other]))
+        if same_place and _equal(before[axis], after[other]) and not _ambiguous(after, other):
+            return other
+    return None
+
+
+def _ambiguous(shape: list[Any], axis: int) -> bool:
+    """Whether another axis could be meant: one of size 1 is at the same place as its neighbour."""
+    return shape[axis] == 1
+
+
+def _sliced(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    rank = len(shape_of(value))
+    cut = arguments_of(node)["dim"] % rank
+    if axis == cut:
+        return None
+    return axis - (node.target is aten.select.int and cut < axis)
+
+
+def _rolled(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    given = arguments_of(node)["dims"]
+    return axis if given and axis not in {d % len(shape_of(value)) for d in given} else None
+
+
+def _expanded(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    after = axis + len(shape_of(node)) - len(shape_of(value))
+    return after if _equal(_symbol(shape_of(value)[axis]), _symbol(shape_of(node)[after])) else None
+
+
+def _averaged(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    given, rank = arguments_of(node), len(shape_of(value))
+    gone = {d % rank for d in given["dim"] or range(rank)}
+    if axis in gone or given.get("dtype") is not None:
+        return None
+    return axis if given["keepdim"] else axis - sum(d < axis for d in gone)
+
+
+def _resampled(_node: fx.Node, _value: fx.Node, axis: int) -> int | None:
+    return axis if axis < 2 else None
+
+
+def _symbol(size: Any) -> Any:
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(sympy.expand(one - other) == 0)
+
+
+_ORDERS = (aten.permute.default, aten.transpose.int, aten.roll.default)
+_MOVES: dict[Any, Callable[[fx.Node, fx.Node, int], int | None]] = {
+    **dict.fromkeys(_COPIES, _copied),
+    **dict.fromkeys(_SHAPES, _reshaped),
+    **dict.fromkeys(_RESAMPLES, _resampled),
+    aten.permute.default: _permuted,
+    aten.transpose.int: _transposed,
+    aten.slice.Tensor: _sliced,
+    aten.select.int: _sliced,
+    aten.roll.default: _rolled,
+    aten.expand.default: _expanded,
+    aten.expand_as.default: _expanded,
+    aten.mean.dim: _averaged,
+}

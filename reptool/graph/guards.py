@@ -1,0 +1,121 @@
+"""What a graph takes for granted of its arguments, as nodes of the graph that raise where it does not hold.
+
+torch.export takes every argument that is no tensor for a constant, makes numbers of some sizes, and keeps the way that
+forward took where it decides by a size. Called with others, the graph would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import ConstantArgument
+from torch.utils._sympy.printers import PythonPrinter
+
+from reptool.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch._guards import ShapeGuard
+    from torch.export import ExportedProgram
+
+BATCH, IMAGE = (0,), (0, 2, 3)
+"""The axes that are to stay open: the batch, and of inputs with four axes or more the height and width."""
+_TORCH = Path(torch.__file__).parent
+
+
+def open_axes(x: Tensor) -> tuple[int, ...]:
+    """The axes of an input whose size should stay open."""
+    return IMAGE if x.dim() >= 4 else BATCH[: x.dim()]
+
+
+def guard_inputs(program: ExportedProgram) -> None:
+    """Let the graph refuse other constants than it was captured with, and sizes that it does not hold for."""
+    constants = [spec.arg for spec in program.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)]
+    holders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    given = [node for name, node in holders.items() if name in program.graph_signature.user_inputs]
+    tensors = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
+    with program.graph.inserting_after(next(reversed(holders.values()), None)):
+        for text in reversed(list(dict.fromkeys(_conditions(tensors)))):
+            read = [node for node in tensors if f"{node.name}.shape" in text]
+            program.graph.call_function(require_sizes, (text, tuple(node.name for node in read), *read))
+        for constant in reversed(constants):
+            program.graph.call_function(require_same, (holders[constant.name], constant.value, constant.name))
+
+
+def _conditions(tensors: list[fx.Node]) -> Iterator[str]:
+    """What must hold of the sizes of inputs, in Python, such as ``x.shape[2] > 5``."""
+    names: dict[Any, str] = {}
+    guards: list[ShapeGuard] = []
+    for node in tensors:
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt):
+                names.setdefault(size.node._expr, f"{node.name}.shape[{axis}]")  # noqa: SLF001  # before it became a number
+                guards = size.node.shape_env.guards
+        for axis in open_axes(node.meta["val"]):
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, int) or size.node.expr.is_number:
+                yield f"{node.name}.shape[{axis}] == {int(size)}"
+    for guard in guards:
+        if _is_forward(guard) and guard.expr.free_symbols <= names.keys():
+            yield _Printer(names).doprint(guard.expr)
+
+
+def _is_forward(guard: ShapeGuard) -> bool:
+    """Whether a guard is a decision of somebody's forward, not of an operator about its memory layout."""
+    file = getattr(guard.sloc.framework_loc, "filename", None)
+    return file is not None and (_TORCH not in Path(file).parents or _TORCH / "nn" in Path(file).parents)
+
+
+class _Printer(PythonPrinter):
+    """Prints an expression with sizes as names."""
+
+    def __init__(self, names: dict[Any, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _print_Symbol(self, symbol: Any) -> str:  # noqa: N802  # sympy's name
+        return self.names[symbol]
+
+    def _print_ToFloat(self, expr: Any) -> str:  # noqa: N802
+        return f"torch.sym_float({self._print(expr.args[0])})"
+
+
+@fx.has_side_effect
+def require_same(given: Any, wanted: Any, name: str) -> None:
+    """Raise unless an argument has the value that a graph was captured with."""
+    if _traced(require_same, given, wanted, name) or (type(given) is type(wanted) and given == wanted):
+        return
+    shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{given!r:.80}"
+    raise InputError(
+        f"the argument {name} is {shown}, and the model was fused for {wanted!r}",
+        why="what is no tensor is part of the graph",
+        do="fuse the model again with this argument in its example inputs",
+    )
+
+
+@fx.has_side_effect
+def require_sizes(condition: str, names: tuple[str, ...], *tensors: Tensor) -> None:
+    """Raise unless the sizes of tensors meet a condition of ``guard_inputs``."""
+    if _traced(require_sizes, condition, names, *tensors):
+        return
+    known = {"math": math, "torch": torch, "max": max, "min": min}
+    if not eval(condition, {"__builtins__": known}, dict(zip(names, tensors, strict=True))):  # noqa: S307  # written above
+        shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(names, tensors, strict=True))
+        raise InputError(
+            f"{shapes}, and the model was fused for {condition}",
+            why="forward decides by that size, or makes a number of it as len(x) does; or its example had the size 1",
+            do="fuse the model again with an example of this size, or compute with x.shape[0] in forward",
+        )
+
+
+def _traced(function: Any, *arguments: Any) -> bool:
+    """Whether a fused module that was pickled is being traced again; then the call is noted."""
+    proxy = next((argument for argument in arguments if isinstance(argument, fx.Proxy)), None)
+    if proxy is not None:
+        proxy.tracer.create_proxy("call_function", function, arguments, {})
+    return proxy is not None

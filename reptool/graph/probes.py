@@ -1,0 +1,109 @@
+"""Inputs to compare the two sides of a region on: dense, random, and as small as still shows every tap and border."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from reptool.graph.values import shape_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from reptool.graph.regions import Between
+
+Shape = tuple[Any, ...]
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_FIXED = ("linear", "slice", "view", "reshape", "expand", "flatten", "layer_norm", "matmul", "permute", "transpose")
+_FIXED += ("mm", "bmm", "addmm", "einsum")
+"""Operators that name a size or read the last axis: with one of them a region keeps the sizes that are fixed."""
+
+
+class Sizes:
+    """What a symbolic size stands for; each symbol is its value in the example, unless it was given another."""
+
+    def __init__(self, given: Mapping[Any, int] | None = None) -> None:
+        self.given = dict(given or {})
+
+    def __call__(self, size: Any) -> Any:
+        """The number that a size, or a number computed from sizes, stands for."""
+        if not hasattr(size, "node"):
+            return size
+        if size.node.expr in self.given:
+            return self.given[size.node.expr]
+        known = {symbol: self.given[symbol] for symbol in size.node.expr.free_symbols if symbol in self.given}
+        if not known:
+            return size.node.hint
+        value = size.node.expr.subs({**_hints(size), **known})
+        return bool(value) if isinstance(size, torch.SymBool) else type(size.node.hint)(value)
+
+
+def _hints(size: Any) -> dict[Any, Any]:
+    hints = size.node.shape_env.backed_var_to_val
+    return {symbol: hints[symbol] for symbol in size.node.expr.free_symbols if symbol in hints}
+
+
+def choices(region: Between, module: nn.Module) -> list[tuple[Sizes, list[tuple[int, ...]]]]:
+    """Sizes to try in turn, with the shapes of the entries: small ones if the region lets its sizes be chosen."""
+    shapes = [shape_of(before) for before, _ in region.entries]
+    batches = {s[0].node.expr: 2 for s in shapes if s and hasattr(s[0], "node") and s[0].node.expr.is_Symbol}
+    small = _small(region, shapes, module)
+    tries = [] if small is None else [(Sizes(), small)]
+    for sizes in (Sizes(batches), Sizes()):
+        tries.append((sizes, [tuple(int(sizes(s)) for s in shape) for shape in shapes]))
+    return tries
+
+
+def _small(region: Between, shapes: list[Shape], module: nn.Module) -> list[tuple[int, ...]] | None:
+    """Small shapes, the same number for the same size; None where a node of the region reads a size as a number."""
+    nodes = (*region.before, *region.after)
+    if any(isinstance(a.meta.get("val"), torch.SymInt) for n in nodes for a in n.all_input_nodes):
+        return None
+    side = sum(_extent(n, module) for n in region.after) or 3
+    free = len(shapes) == 1 and not any(_name(n) in _FIXED for n in nodes)
+    chosen: dict[Any, int] = {}
+
+    def size(axis: int, given: Any, rank: int) -> int:
+        if hasattr(given, "node"):
+            return chosen.setdefault(given.node.expr, (side if axis > 1 and rank > 2 else 2) + len(chosen))
+        return side + axis if free and axis > 1 else 2 if free and axis == 0 else int(given)
+
+    return [tuple(size(axis, s, len(shape)) for axis, s in enumerate(shape)) for shape in shapes]
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).split(".")[1] if node.op == "call_function" and "." in str(node.target) else ""
+
+
+def _extent(node: fx.Node, module: nn.Module) -> int:
+    """A window on which every tap and every border of a node is seen."""
+    if node.op == "call_function":
+        return 3 + 2 * max(map(abs, node.args[1])) if node.target is F.pad else 0  # type: ignore[arg-type]
+    layer = module.get_submodule(str(node.target))
+    if isinstance(layer, _CONVS):
+        axes = zip(layer.kernel_size, layer.dilation, layer.stride, layer.padding, strict=True)
+        return max(2 * (d * (k - 1) + 1) + s + 2 * int(p) for k, d, s, p in axes)
+    if isinstance(layer, _TRANSPOSED):
+        return max(3 + 2 * (p // s + 1) for p, s in zip(layer.padding, layer.stride, strict=True))
+    if isinstance(layer, _POOLS):
+        numbers = [n for n in (layer.kernel_size, layer.stride) for n in (n if isinstance(n, tuple) else (n,))]
+        return 3 * max(numbers)
+    return 3
+
+
+def draw(region: Between, shapes: list[tuple[int, ...]], seed: int) -> tuple[Tensor, ...]:
+    """Random entries: normal where they are floating, zeros and ones elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for (before, _), shape in zip(region.entries, shapes, strict=True):
+        dtype = before.meta["val"].dtype
+        if dtype.is_floating_point:
+            drawn.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+        else:
+            drawn.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
+    return tuple(drawn)

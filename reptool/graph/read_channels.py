@@ -1,0 +1,145 @@
+"""What acts on the channels alone, read as operators: norms, sums, products and identities."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from reptool.affine.form import Form, Term
+from reptool.affine.lower import norm_is_scale
+from reptool.affine.operators import BatchNorm, Identity, Operator, Refusal, Scale, double
+from reptool.graph.values import shape_of
+
+if TYPE_CHECKING:
+    from reptool.graph.read import Reader
+
+Reading = Form | Refusal
+
+
+def name_of(node: fx.Node) -> str:
+    """The full name of the ATen operator that a node calls."""
+    return str(getattr(node.target, "_schema", node.target)).split("(", maxsplit=1)[0]
+
+
+def one(node: Any, operator: Operator | Refusal) -> Reading:
+    """The form that is one operator over one node."""
+    return operator if isinstance(operator, Refusal) else Form((Term(node, operator),))
+
+
+def channels_of(node: fx.Node) -> int:
+    """The size of axis 1, in the example if it is not fixed."""
+    channels = shape_of(node)[1]
+    return channels if isinstance(channels, int) else int(channels.node.hint)
+
+
+def batch_norm(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """A batch norm in evaluation."""
+    if v.get("training"):
+        return Refusal("its statistics depend on the batch")
+    mean, var = reader.constant(v["running_mean"]), reader.constant(v["running_var"])
+    if mean is None or var is None:
+        return Refusal("it has no running statistics")
+    weight, bias = (reader.constant(v[k]) for k in ("weight", "bias"))
+    axis = 1 if v["input"].meta["val"].dim() > 2 else -1
+    return one(v["input"], norm_is_scale(double(BatchNorm(mean, var, weight, bias, v["eps"], axis))))
+
+
+def identity(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """What returns its input: a copy, a dropout in evaluation."""
+    if v.get("train"):
+        return Refusal("dropout in training is random")
+    value = v.get("input", v.get("self"))
+    if not isinstance(value, fx.Node) or reader.tensor(value) is not None or len(shape_of(value)) < 2:
+        return Refusal("it has no channel axis")
+    return one(value, Identity(channels_of(value)))
+
+
+def add(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """A sum."""
+    return _sum(reader, node, v["self"], v["other"], 1.0, v.get("alpha", 1))
+
+
+def sub(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """A difference."""
+    return _sum(reader, node, v["self"], v["other"], 1.0, -v.get("alpha", 1))
+
+
+def _sum(reader: Reader, node: fx.Node, a: Any, b: Any, weight_a: float, weight_b: float) -> Reading:
+    """A weighted sum of two values, either of which may be a constant per channel."""
+    terms: list[Term] = []
+    constants: list[tuple[Any, float]] = []
+    for value, weight in ((a, weight_a), (b, weight_b)):
+        if not isinstance(value, fx.Node) or reader.tensor(value) is not None:
+            constants.append((value, float(weight)))
+        elif value.meta["val"].dtype != node.meta["val"].dtype or shape_of(value) != shape_of(node):
+            return Refusal("it broadcasts one value over another")
+        elif len(shape_of(node)) < 2 or not isinstance(shape_of(node)[_axis(node)], int):
+            return Refusal("it has no channel axis of fixed size")
+        else:
+            terms.append(Term(value, _times(node, float(weight))))
+    for value, weight in constants:
+        if value == 0:
+            continue
+        found = _vector(reader, node, value)
+        if isinstance(found, Refusal) or not terms:
+            return found if isinstance(found, Refusal) else Refusal("it is a constant")
+        vector, axis = found
+        factor = float(weight_b if terms[0].atom is b else weight_a)
+        terms[0] = Term(terms[0].atom, Scale(torch.full_like(vector, factor), vector * weight, axis))
+    return Form(tuple(terms))
+
+
+def _axis(node: fx.Node) -> int:
+    """The channel axis of a value that no operator has named yet: 1, or the last of two."""
+    return 1 if len(shape_of(node)) > 2 else -1
+
+
+def _times(node: fx.Node, factor: float) -> Operator:
+    channels = int(shape_of(node)[_axis(node)])
+    if factor == 1:
+        return Identity(channels)
+    return Scale(torch.full((channels,), factor, dtype=torch.float64), None, _axis(node))
+
+
+def mul(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """A product with a constant."""
+    value, factor = v["self"], v["other"]
+    if not isinstance(value, fx.Node) or reader.tensor(value) is not None:
+        value, factor = factor, value
+    return _scaled(reader, node, value, factor, invert=False)
+
+
+def div(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """A quotient by a constant."""
+    if v.get("rounding_mode") is not None:
+        return Refusal("it rounds")
+    return _scaled(reader, node, v["self"], v["other"], invert=True)
+
+
+def _scaled(reader: Reader, node: fx.Node, value: Any, factor: Any, *, invert: bool) -> Reading:
+    if not isinstance(value, fx.Node) or reader.tensor(value) is not None or shape_of(value) != shape_of(node):
+        return Refusal("it is a product of two values")
+    found = _vector(reader, node, factor)
+    if isinstance(found, Refusal):
+        return found
+    gain, axis = found
+    return one(value, Scale(1 / gain if invert else gain, None, axis))
+
+
+def _vector(reader: Reader, node: fx.Node, value: Any) -> tuple[Tensor, int] | Refusal:
+    """A constant as a vector along one channel axis of a node's value."""
+    shape = shape_of(node)
+    if isinstance(value, (int, float)) and len(shape) >= 2 and isinstance(shape[_axis(node)], int):
+        return torch.full((shape[_axis(node)],), float(value), dtype=torch.float64), _axis(node)
+    constant = reader.constant(value)
+    if constant is None:
+        return Refusal("it is a product or a sum of two values, or broadcasts")
+    wide = [1] * (len(shape) - constant.dim()) + list(constant.shape)
+    for axis in dict.fromkeys((_axis(node), -1)):
+        rest = [s for i, s in enumerate(wide) if i != axis % len(shape)]
+        if len(wide) == len(shape) >= 2 and all(s == 1 for s in rest) and isinstance(shape[axis], int):
+            vector = constant.flatten()
+            return (vector.expand(shape[axis]) if vector.numel() == 1 else vector).clone(), axis
+    return Refusal("its constant varies along more than the channels")

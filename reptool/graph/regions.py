@@ -1,0 +1,186 @@
+"""Where two graphs are said to be equal, and the parts between those places as functions to compare.
+
+The draft's account says which value of the captured graph a node of the fused one computes. Between such nodes lies a
+*region*: the nodes of the captured graph that lead to a value, and those of the fused graph, both cut off at the nearest
+values that are equal on both sides. Nothing here knows why they should be equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from reptool.graph.draft import is_tensor
+from reptool.graph.values import Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from reptool.graph.draft import Draft
+    from reptool.graph.emit import Emitted
+    from reptool.graph.probes import Sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Between:
+    """One region: the captured nodes ``before`` and the fused ones ``after`` that lead from ``entries`` to ``target``.
+
+    Entries and target are pairs of a captured and a fused node that are equal. ``before`` and ``after`` are in order.
+    """
+
+    name: str
+    target: tuple[fx.Node, fx.Node]
+    entries: tuple[tuple[fx.Node, fx.Node], ...]
+    before: tuple[fx.Node, ...]
+    after: tuple[fx.Node, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The paths of the fused layers."""
+        return tuple(str(n.target) for n in self.after if n.op == "call_module")
+
+
+def regions(draft: Draft, emitted: Emitted) -> list[Between]:
+    """Every part of the fused graph that is not a copy of the captured one, in order."""
+    pairs: dict[fx.Node, fx.Node] = {}
+    for node in draft.graph.nodes:
+        written, origin = emitted.written.get(node), draft.origin.get(node)
+        if written is not None and origin is not None and is_tensor(node):
+            pairs.setdefault(written, origin)
+    cutter = _Cutter(Weights(draft.original.state), pairs, emitted)
+    changed = [n for n in draft.graph.nodes if n in emitted.written and n in draft.origin and _is_changed(n, draft, emitted)]
+    return [cutter.between(draft.origin[n], emitted.written[n], emitted.names.get(n)) for n in changed]
+
+
+def _is_changed(node: fx.Node, draft: Draft, emitted: Emitted) -> bool:
+    """Whether a node's value is computed otherwise than in the captured graph."""
+    if not is_tensor(node) or node.op != "call_function":
+        return False
+    if node in emitted.names:
+        return True
+    origin = draft.origin[node]
+    same = node.target is origin.target and len(node.all_input_nodes) == len(origin.all_input_nodes)
+    return not same or any(draft.origin.get(a) is not b for a, b in zip(node.all_input_nodes, origin.all_input_nodes, strict=False))
+
+
+class _Cutter:
+    """Cuts regions out of both graphs."""
+
+    def __init__(self, weights: Weights, pairs: dict[fx.Node, fx.Node], emitted: Emitted) -> None:
+        self.weights, self.pairs = weights, pairs
+        self.order = {n: i for i, n in enumerate(emitted.module.graph.nodes)}
+
+    def between(self, origin: fx.Node, written: fx.Node, name: str | None) -> Between:
+        """The region that ends in one value."""
+        aliased = self.pairs.get(written) is not origin
+        stops = {n: o for n, o in self.pairs.items() if n is not written or aliased}
+        after, reached = _walk(written, stops, _is_leaf)
+        cuts = {stops[n]: n for n in reached if n in stops}
+        before, leaves = _walk(origin, cuts, self._is_constant)
+        cuts |= {leaf: leaf for leaf in leaves if leaf not in cuts and is_tensor(leaf) and not self._is_constant(leaf)}
+        order = {n: i for i, n in enumerate(origin.graph.nodes)}
+        return Between(
+            name or str(written.target),
+            (origin, written),
+            tuple(sorted(cuts.items(), key=lambda pair: order[pair[0]])),
+            tuple(sorted(before, key=order.__getitem__)),
+            tuple(sorted(after, key=self.order.__getitem__)),
+        )
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return self.weights.tensor(node) is not None
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    return node.op == "get_attr"
+
+
+def _walk(
+    end: fx.Node, stops: Mapping[fx.Node, Any], is_leaf: Callable[[fx.Node], bool]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The nodes that lead to a value, and the ones where that ends: stops, leaves, inputs and sizes."""
+    inside: set[fx.Node] = set()
+    ends: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node in inside or node in ends:
+            continue
+        if node in stops or node.op == "placeholder" or is_leaf(node) or _is_size(node):
+            ends.add(node)
+        else:
+            inside.add(node)
+            stack += node.all_input_nodes
+    return inside, ends
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """Runs both sides of one region in float64; its new layers compute with ``exact`` weights, by layer path."""
+
+    weights: Weights
+    module: nn.Module
+    exact: Mapping[str, Mapping[str, Tensor]]
+
+    def before(self, region: Between, sizes: Sizes) -> Callable[..., Any]:
+        """The captured side as a function of the entries."""
+
+        def run(*given: Tensor) -> Any:
+            env: dict[fx.Node, Any] = dict(zip((o for o, _ in region.entries), given, strict=True))
+            for node in region.before:
+                env[node] = self._call(node, env, sizes)
+            return env[region.target[0]]
+
+        return run
+
+    def after(self, region: Between, sizes: Sizes) -> Callable[..., Any]:
+        """The fused side as a function of the entries."""
+
+        def run(*given: Tensor) -> Any:
+            env: dict[fx.Node, Any] = dict(zip((w for _, w in region.entries), given, strict=True))
+            for node in region.after:
+                env[node] = self._layer(node, env) if node.op == "call_module" else self._call(node, env, sizes)
+            return env[region.target[1]]
+
+        return run
+
+    def _layer(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        path = str(node.target)
+        layer = self.module.get_submodule(path)
+        own = {name: double(tensor) for name, tensor in layer.named_parameters()}
+        return functional_call(layer, {**own, **self.exact.get(path, {})}, (env[node.args[0]],))  # type: ignore[index]
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], sizes: Sizes) -> Any:
+        def value(argument: fx.Node) -> Any:
+            if argument not in env:
+                env[argument] = self._outside(argument, sizes)
+            return env[argument]
+
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # only functions get here
+
+    def _outside(self, node: fx.Node, sizes: Sizes) -> Any:
+        """A size, a weight of the captured graph, or one that the fused graph kept."""
+        if _is_size(node):
+            return sizes(node.meta["val"])
+        if node.op == "get_attr":
+            holder, _, leaf = str(node.target).rpartition(".")
+            return double(getattr(self.module.get_submodule(holder), leaf))
+        tensor = self.weights.tensor(node)
+        if tensor is None:
+            raise AssertionError(f"{node} is read by a region and lies outside it; please report this")
+        return double(tensor)
+
+
+def double(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, in float64 if it is floating."""
+    tensor = tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
