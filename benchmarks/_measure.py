@@ -80,7 +80,7 @@ def _converted(module: nn.Module) -> nn.Module:
 
 
 def _left(after: Tally, report: FusionReport) -> list[dict[str, Any]]:
-    """Each norm and each per-channel constant that stays, with what the report says of its module."""
+    """Each norm and each per-channel constant that stays, with what the report says of the modules it came from."""
     sources = {region.name: set(region.sources) for region in report.regions}
     found = []
     for kind in (NORM, SCALE, SHIFT, LAYER_NORM):
@@ -88,7 +88,8 @@ def _left(after: Tally, report: FusionReport) -> list[dict[str, Any]]:
             path = name.rpartition(".")[0]
             region = next((r for r in (path, path.rpartition(".")[0]) if r in sources), None)
             paths = {path} | (sources[region] if region is not None else set())
-            said = [why for at, why in report.kept_apart if paths & set(at.split(" -> "))]
+            said = [why for at, _, why in report.left if at in paths]
+            said = said or [why for at, why in report.kept_apart if paths & set(at.split(" -> "))]
             found.append({"kind": kind, "at": name, "why": list(dict.fromkeys(said)) or [SILENT]})
     return found
 

@@ -101,7 +101,7 @@ def reasons(rows: Rows) -> dict[str, Counter[tuple[str, str]]]:
 
 def _general(reason: str) -> str:
     """A reason without the figures of this one case."""
-    return re.sub(r" from [-+.\de]+ to [-+.\de]+ us", "", reason)
+    return re.sub(r"(?<![\w.])\d[\d.]*(?:e[-+]?\d+)?(?!\w)", "N", reason)
 
 
 def summary(rows: Rows) -> str:

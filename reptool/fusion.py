@@ -5,30 +5,36 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from reptool.errors import NotEquivalentError
+from reptool.errors import InputError, NotEquivalentError
 from reptool.graph.capture import capture
 from reptool.graph.cost import Cost, roofline
 from reptool.graph.draft import draft_of
 from reptool.graph.emit import emit
+from reptool.graph.leftovers import leftovers
 from reptool.graph.naming import module_path
 from reptool.graph.normalise import normalise
+from reptool.graph.outputs import Outputs, select_outputs
 from reptool.graph.probes import choices, draw
 from reptool.graph.regions import Runner
 from reptool.graph.regions import regions as regions_of
 from reptool.graph.revise import revise
 from reptool.graph.structure import describe, first_difference, structure_problems
 from reptool.graph.values import Weights
+from reptool.parts import fuse_parts
+from reptool.proof.matmul import BatchedConvolutions
 from reptool.proof.region import prove_region, stored_is_rounded
 from reptool.proof.verdict import RegionProof, Verdict
+from reptool.report.fusion import FusionReport, Region
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from reptool.graph.capture import Captured
     from reptool.graph.draft import Draft
@@ -37,63 +43,35 @@ if TYPE_CHECKING:
     from reptool.graph.regions import Between
 
 
-@dataclass(frozen=True)
-class Region:
-    """One rewritten region: what stands there now, the modules it came from, and its proof."""
-
-    name: str
-    sources: tuple[str, ...]
-    before: dict[str, int]
-    after: dict[str, int]
-    proof: RegionProof
-
-
-@dataclass(frozen=True)
-class FusionReport:
-    """What fusing did, region by region, and what was left with its reason."""
-
-    regions: tuple[Region, ...]
-    kept_apart: tuple[tuple[str, str], ...]
-    opaque: dict[str, int]
-    seconds: dict[str, float]
-
-    @property
-    def worst_error(self) -> float:
-        """The largest relative error of any region's proof, in float64."""
-        return max((r.proof.error for r in self.regions), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return {
-            "schema_version": 1,
-            "regions": [
-                {
-                    "name": r.name,
-                    "sources": list(r.sources),
-                    "before": r.before,
-                    "after": r.after,
-                    "error": r.proof.error,
-                }
-                for r in self.regions
-            ],
-            "kept_apart": [{"at": at, "why": why} for at, why in self.kept_apart],
-            "opaque": self.opaque,
-            "worst_error": self.worst_error,
-            "seconds": self.seconds,
-        }
-
-
-def fuse(model: nn.Module, example_inputs: tuple[Any, ...], *, cost: Cost = roofline) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    cost: Cost = roofline,
+    outputs: Outputs | None = None,
+    only: Sequence[str] | None = None,
+) -> nn.Module:
     """An equal module in which everything that is exactly fusible, and worth it, is fused.
 
     The model is read, never changed. Each rewritten region is evaluated in both forms on random float64 input; the
     stored weights are the proved ones, rounded once to the model's dtype. ``fused.fusion`` is the ``FusionReport``.
 
+    ``cost`` decides whether a rewrite is worth it (see ``reptool.graph.cost``). ``outputs`` keeps only some of what the
+    model returns, by index or key, and drops what leads to the others. ``only`` names the parts, by module path, that
+    are fused each on its own; the rest stays as it is, so it may be what no graph can hold (``fused.fusion_parts`` then
+    maps the paths to their reports).
+
     Raises:  CaptureError if the model cannot be read, NotEquivalentError if a region's proof fails (a fault of ours)
     Source:  Ding et al. 2021, RepVGG, section 3; Ding et al. 2021, Diverse Branch Block, section 3
     """
+    if only is not None:
+        if outputs is not None:
+            raise InputError("outputs= cannot be chosen together with only=", do="choose outputs of the whole model")
+        return fuse_parts(model, example_inputs, only, partial(fuse, cost=cost))
     clock = [time.perf_counter()]
     captured = capture(model, example_inputs)
+    if outputs is not None:
+        captured = select_outputs(captured, outputs)
     clock.append(time.perf_counter())
     with torch.no_grad():
         work = _rewrite(captured, cost)
@@ -105,7 +83,9 @@ def fuse(model: nn.Module, example_inputs: tuple[Any, ...], *, cost: Cost = roof
     steps = ("capture", "fuse", "proof")
     seconds = {s: b - a for s, a, b in zip(steps, clock, clock[1:], strict=False)}
     module = work.emitted.module
-    module.meta["fusion"] = FusionReport(regions, _kept_apart(work.plan), _opaque(work.plan), seconds)
+    module.meta["fusion"] = FusionReport(
+        regions, _kept_apart(work.plan), leftovers(work.plan), _opaque(work.plan), seconds
+    )
     return module
 
 
@@ -187,18 +167,19 @@ def _region(region: Between, weights: Weights, emitted: Emitted, module: nn.Modu
 
 
 def _proof(region: Between, runner: Runner, written: nn.Module) -> RegionProof:
-    """The proof at the first choice of sizes at which the captured side runs."""
-    failure: Exception | None = None
+    """The proof on two random examples, at the first choice of sizes at which the captured side runs."""
+    failure = "it was given no sizes to run at"
     for sizes, shapes in choices(region, written):
-        inputs = [draw(region, shapes, seed) for seed in (0, 1)]
         before = runner.before(region, sizes)
+        inputs = draw(region, shapes, seed=0)
         try:
-            before(*inputs[0])
+            with torch.inference_mode(), BatchedConvolutions():
+                expected = before(*inputs)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            failure = error
+            failure = f"it does not run: {error}"
             continue
-        return prove_region(region.name, before, runner.after(region, sizes), inputs)
-    return RegionProof(region.name, float("inf"), passed=False, detail=f"it does not run: {failure}")
+        return prove_region(region.name, lambda *_, e=expected: e, runner.after(region, sizes), [inputs])
+    return RegionProof(region.name, float("inf"), passed=False, detail=failure)
 
 
 def _kind(node: fx.Node, module: nn.Module) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from reptool.errors import CaptureError, InputError, ReptoolError
 from reptool.graph.blame import described, location, reason
 from reptool.graph.calls import Watch, run_once
+from reptool.graph.guards import is_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +158,7 @@ def _free_axes(fused: nn.Module) -> list[set[int]]:
     assert isinstance(graph, fx.Graph)  # noqa: S101  # fuse_one returns a graph module
     values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else () for value in values]
-    return [{axis for axis, size in enumerate(shape) if not isinstance(size, int)} for shape in shapes]
+    return [{axis for axis, size in enumerate(shape) if not is_number(size)} for shape in shapes]
 
 
 def _copied(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -72,6 +72,32 @@ def computes_nothing(node: fx.Node) -> bool:
     return carried(node) is not None and node.target in {*_COPIES, *_SHAPES, *_ORDERS}
 
 
+def varying_after(node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
+    """The axes along which a carrier's result can vary, if its input varies along ``axes`` only."""
+    value = carried(node)
+    if value is None or node.target in _RESAMPLES or (node.target in _COPIES and arguments_of(node).get("train")):
+        return frozenset(range(len(shape_of(node))))
+    if node.target in _SHAPES:
+        blocks = _blocks(*([_symbol(s) for s in shape_of(n)] for n in (value, node)))
+        return frozenset(a for before, after in blocks if axes.intersection(before) for a in after)
+    if node.target is aten.slice.Tensor or node.target is aten.roll.default:
+        return axes
+    if node.target is aten.mean.dim and arguments_of(node).get("dtype") is not None:
+        return frozenset(range(len(shape_of(node))))
+    return frozenset(a for axis in axes if (a := axis_after(node, axis)) is not None)
+
+
+def _blocks(before: list[Any], after: list[Any]) -> list[tuple[range, range]]:
+    """The runs of axes of two shapes that hold the same entries: between places with as many entries in front."""
+    found, last = [], (0, 0)
+    for i in range(len(before) + 1):
+        for j in range(last[1], len(after) + 1):
+            if i >= last[0] and (i, j) != last and _equal(prod(before[:i]), prod(after[:j])):
+                found.append((range(last[0], i), range(last[1], j)))
+                last = (i, j)
+    return found
+
+
 def _same(_node: fx.Node, _value: fx.Node, axis: int) -> int | None:
     return axis
 
@@ -87,8 +113,16 @@ def _permuted(node: fx.Node, value: fx.Node, axis: int) -> int | None:
 
 def _transposed(node: fx.Node, value: fx.Node, axis: int) -> int | None:
     rank = len(shape_of(value))
-    one, other = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+    one, other = (int(d) % rank for d in (node.args[1:3] or (-1, -2)))  # type: ignore[arg-type]
     return {one: other, other: one}.get(axis, axis)
+
+
+def _moved(node: fx.Node, value: fx.Node, axis: int) -> int | None:
+    rank = len(shape_of(value))
+    old, new = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+    order = [a for a in range(rank) if a != old]
+    order.insert(new, old)
+    return order.index(axis)
 
 
 def _reshaped(node: fx.Node, value: fx.Node, axis: int) -> int | None:
@@ -144,13 +178,15 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(sympy.expand(one - other) == 0)
 
 
-_ORDERS = (aten.permute.default, aten.transpose.int, aten.roll.default)
+_TRANSPOSES = (aten.transpose.int, aten.swapaxes.default, aten.mT.default)
+_ORDERS = (aten.permute.default, *_TRANSPOSES, aten.movedim.int, aten.roll.default)
 _MOVES: dict[Any, Callable[[fx.Node, fx.Node, int], int | None]] = {
     **dict.fromkeys(_COPIES, _copied),
     **dict.fromkeys(_SHAPES, _reshaped),
     **dict.fromkeys(_RESAMPLES, _resampled),
     aten.permute.default: _permuted,
-    aten.transpose.int: _transposed,
+    **dict.fromkeys(_TRANSPOSES, _transposed),
+    aten.movedim.int: _moved,
     aten.slice.Tensor: _sliced,
     aten.select.int: _sliced,
     aten.roll.default: _rolled,

@@ -23,15 +23,23 @@ def roofline(operator: Operator, before: tuple[int, ...], after: tuple[int, ...]
     """
     if isinstance(operator, Identity):
         return 0.0
-    weights, taps = 0, 1
-    if isinstance(operator, Conv | ConvTranspose):
-        weights = operator.kernel.numel()
-        taps = prod(operator.kernel.shape[1:])
-    elif isinstance(operator, AvgPool):
-        taps = prod(operator.window)
+    weights = operator.kernel.numel() if isinstance(operator, Conv | ConvTranspose) else 0
     moved = _ITEM * (prod(before) + prod(after) + weights)
-    computed = before if isinstance(operator, ConvTranspose) else after  # where each entry meets all taps
-    return prod(computed) * taps / _MACS + moved / _BYTES + _LAUNCH
+    return macs(operator, before, after) / _MACS + moved / _BYTES + _LAUNCH
+
+
+def macs(operator: Operator, before: tuple[int, ...], after: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one operator."""
+    match operator:
+        case Identity():
+            return 0
+        case Conv():
+            return prod(after) * prod(operator.kernel.shape[1:])
+        case ConvTranspose():
+            return prod(before) * prod(operator.kernel.shape[1:])  # here each entry of the input meets all taps
+        case AvgPool():
+            return prod(after) * prod(operator.window)
+    return prod(after)
 
 
 def addition(shape: tuple[int, ...]) -> float:

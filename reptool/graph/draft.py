@@ -60,6 +60,16 @@ class Draft:
             self.graph.erase_node(old)
             self.origin.pop(old, None)
 
+    def prune(self, nodes: Sequence[fx.Node]) -> None:
+        """Erase nodes that nobody reads any more, and what only they read."""
+        stack = list(reversed(nodes))
+        while stack:
+            node = stack.pop()
+            if node.op == "call_function" and not node.users and not getattr(node, "_erased", False) and not node.is_impure():
+                stack += node.all_input_nodes
+                self.graph.erase_node(node)
+                self.origin.pop(node, None)
+
     def forget(self, nodes: Sequence[fx.Node]) -> None:
         """Say of some nodes that they equal nothing any more."""
         for node in nodes:

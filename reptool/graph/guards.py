@@ -33,6 +33,11 @@ def open_axes(x: Tensor) -> tuple[int, ...]:
     return IMAGE if x.dim() >= 4 else BATCH[: x.dim()]
 
 
+def is_number(size: Any) -> bool:
+    """Whether a size of a captured value is a number, or became one in forward."""
+    return isinstance(size, int) or bool(size.node.expr.is_number)
+
+
 def guard_inputs(program: ExportedProgram) -> None:
     """Let the graph refuse other constants than it was captured with, and sizes that it does not hold for."""
     constants = [spec.arg for spec in program.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)]
@@ -58,7 +63,7 @@ def _conditions(tensors: list[fx.Node]) -> Iterator[str]:
                 guards = size.node.shape_env.guards
         for axis in open_axes(node.meta["val"]):
             size = node.meta["val"].shape[axis]
-            if isinstance(size, int) or size.node.expr.is_number:
+            if is_number(size):
                 yield f"{node.name}.shape[{axis}] == {int(size)}"
     for guard in guards:
         if _is_forward(guard) and guard.expr.free_symbols <= names.keys():

@@ -15,7 +15,7 @@ from torch import fx
 
 from reptool.affine.form import Form, Term, collect, outline, substitute
 from reptool.affine.operators import Operator, Pad, Refusal
-from reptool.graph.cost import Cost, addition
+from reptool.graph.cost import Cost, addition, macs
 from reptool.graph.values import OPERATOR, sizes_of
 
 if TYPE_CHECKING:
@@ -139,7 +139,13 @@ class _Rewriter:
         before = self._estimate(value.form, shape) + self._estimate(inner.form, sizes_of(inner.node))
         after = self._estimate(trial, shape) + (self._estimate(inner.form, sizes_of(inner.node)) if shared else 0)
         if not _is_worth(before, after):
-            value.kept_apart[inner.node] = f"merging would raise the estimate from {before:.3g} to {after:.3g} us"
+            alone = self._macs(inner.form, sizes_of(inner.node))
+            apart, together = alone + self._macs(value.form, shape), alone * shared + self._macs(trial, shape)
+            value.kept_apart[inner.node] = (
+                f"merging would raise {apart / 1e6:.3g} to {together / 1e6:.3g} MMAC"
+                if together > apart
+                else f"merging would raise the estimate from {before:.3g} to {after:.3g} us"
+            )
             return False
         value.kept_apart.pop(inner.node, None)
         value.sources |= inner.sources
@@ -183,6 +189,10 @@ class _Rewriter:
     def _estimate(self, form: Form, shape: tuple[int, ...]) -> float:
         costs = [self.cost(t.operator, sizes_of(t.atom), shape) for t in form.terms]  # type: ignore[arg-type]
         return (len(form.terms) - 1) * addition(shape) + sum(costs, start=0.0)
+
+    def _macs(self, form: Form, shape: tuple[int, ...]) -> int:
+        """Multiply-accumulates of a form at the example's sizes."""
+        return sum(macs(t.operator, sizes_of(t.atom), shape) for t in form.terms)  # type: ignore[arg-type]
 
     def _worth(self, shape: tuple[int, ...]) -> _Worth:
         return _Worth(self.cost, shape)

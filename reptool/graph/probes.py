@@ -19,8 +19,12 @@ Shape = tuple[Any, ...]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_FIXED = ("linear", "slice", "view", "reshape", "expand", "flatten", "layer_norm", "matmul", "permute", "transpose")
-_FIXED += ("mm", "bmm", "addmm", "einsum")
+_FIXED = frozenset(
+    (
+        *("linear", "matmul", "mm", "bmm", "addmm", "einsum", "layer_norm"),
+        *("slice", "view", "reshape", "expand", "flatten", "permute", "transpose"),
+    )
+)
 """Operators that name a size or read the last axis: with one of them a region keeps the sizes that are fixed."""
 
 
@@ -86,10 +90,11 @@ def _extent(node: fx.Node, module: nn.Module) -> int:
         return 3 + 2 * max(map(abs, node.args[1])) if node.target is F.pad else 0  # type: ignore[arg-type]
     layer = module.get_submodule(str(node.target))
     if isinstance(layer, _CONVS):
-        axes = zip(layer.kernel_size, layer.dilation, layer.stride, layer.padding, strict=True)
-        return max(2 * (d * (k - 1) + 1) + s + 2 * int(p) for k, d, s, p in axes)
+        geometry: list[Any] = [layer.kernel_size, layer.dilation, layer.stride]
+        return max(2 * (d * (k - 1) + 1) + s for k, d, s in zip(*geometry, strict=True))
     if isinstance(layer, _TRANSPOSED):
-        return max(3 + 2 * (p // s + 1) for p, s in zip(layer.padding, layer.stride, strict=True))
+        cut: list[Any] = [layer.padding, layer.stride]
+        return max(3 + 2 * (p // s + 1) for p, s in zip(*cut, strict=True))
     if isinstance(layer, _POOLS):
         numbers = [n for n in (layer.kernel_size, layer.stride) for n in (n if isinstance(n, tuple) else (n,))]
         return 3 * max(numbers)

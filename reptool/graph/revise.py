@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reptool.graph.permutations import absorb_permutations
 from reptool.graph.slides import slide_back
 from reptool.graph.spread import spread
 
@@ -14,5 +15,6 @@ if TYPE_CHECKING:
 
 def revise(draft: Draft, cost: Cost) -> None:
     """Bring together what can be folded; see each rule for its law."""
+    absorb_permutations(draft)
     slide_back(draft, cost)
     spread(draft)

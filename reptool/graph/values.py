@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-
 aten = torch.ops.aten
-_CONSTANTS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.eye.default, aten.full.default)
-_CONSTANTS += (aten.ones.default, aten.zeros.default)
+_CONSTANTS: frozenset[Any] = frozenset(
+    (
+        *(aten.arange.default, aten.arange.start, aten.arange.start_step),
+        *(aten.eye.default, aten.full.default, aten.ones.default, aten.zeros.default),
+    )
+)
+"""What makes a constant of nothing."""
 OPERATOR = "operator"
 """The entry of a node's ``meta`` that holds the operator it stands for, where a rule made the node."""
 EXACT = "exact"

@@ -165,14 +165,14 @@ def test_names():
 
 def test_the_table_has_every_row():
     """A row that was measured and one that was not, and what is left with its reason."""
-    left = [{"kind": "batch_norm", "at": "a", "why": ["merging would raise the estimate from 1.5 to 2e+04 us"]}]
+    left = [{"kind": "batch_norm", "at": "a", "why": ["merging would raise 1.5 to 2e+04 MMAC"]}]
     rows = [
         {"name": "timm/resnet18", "figures": figures(left=left), "marks": []},
         {"name": "timm/dpn68", "figures": None, "marks": ["TIMEOUT: more than 5 s"]},
     ]
     assert all(len(cells(row)) == len(COLUMNS) for row in rows)
     text = markdown(rows)
-    assert "| timm/resnet18 | 1 | batch_norm | merging would raise the estimate |" in text
+    assert "| timm/resnet18 | 1 | batch_norm | merging would raise N to N MMAC |" in text
     assert "- timm/dpn68: TIMEOUT: more than 5 s" in text
 
 

@@ -1,0 +1,1 @@
+"""What was done, as records and in words."""
