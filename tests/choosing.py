@@ -7,7 +7,6 @@ from blocks import Lambda, conv_norm, noise, randomised, repvgg_block
 from torch import nn
 
 from reptool.fusion import fuse
-from reptool.parts import fuse_parts
 
 SHAPE = (2, 4, 9, 11)
 
@@ -39,7 +38,7 @@ def choosing():
 
 def parts_of(model, *inputs, only):
     """The parts fused by the graph engine."""
-    return fuse_parts(model, inputs, only, fuse)
+    return fuse(model, inputs, only=only)
 
 
 def network(forward, **children):

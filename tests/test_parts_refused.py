@@ -80,7 +80,13 @@ REFUSED = [
     (constants, BLOCK, SHAPE, ["neck"], r"neck is called in two ways(.|\n)* 1\.0\) and with (.|\n)* 2\.0\)"),
     (other_axes, {"rows": Rows}, ROWS, ["rows"], r"two ways: with \(3-axis .*\) and with \(2-axis"),
     (by_method, BLOCK, SHAPE, ["neck"], r"the part neck is not called when the model runs on the example"),
-    (attribute, BLOCK, SHAPE, ["neck"], r"does not run with its parts fused(.|\n)*test_parts_refused\.py:\d+ in attribute"),
+    (
+        attribute,
+        BLOCK,
+        SHAPE,
+        ["neck"],
+        r"does not run with its parts fused(.|\n)*test_parts_refused\.py:\d+ in attribute",
+    ),
     (middle, {"rows": Rows}, ROWS, ["rows"], r"sizes \(2, 3, 4\) and \(2, 6, 4\), and axis 1 is not free"),
 ]
 

@@ -132,12 +132,15 @@ def _fuse_own(read: Checkpoint, model: str, target: Path, eps: float | None, opt
             {"schema_version": 1, "output": str(target), "fusion": report.to_dict(), "verdict": verdict.to_dict()}
         )
         return
-    console.table(
-        ("region", "before", "after", "error"),
-        [(r.name, _counts(r.before), _counts(r.after), f"{r.proof.error:.1e}") for r in report.regions],
-    )
-    for at, why in report.kept_apart:
-        console.note(f"kept apart: {at}: {why}", quiet=options["quiet"])
+    if options["verbose"]:
+        console.table(
+            ("region", "before", "after", "error"),
+            [(r.name, _counts(r.before), _counts(r.after), f"{r.proof.error:.1e}") for r in report.regions],
+        )
+        for at, why in report.kept_apart:
+            console.note(f"kept apart: {at}: {why}")
+    console.table(("fused", ""), [("file", f"{target}  ({console.size(target.stat().st_size)})")])
+    click.echo(report.summary())
     click.echo(verdict.summary())
     console.next_command(f"reptool export {read.path} -m {model} --format onnx")
 

@@ -48,3 +48,11 @@ def addition(shape: tuple[int, ...]) -> float:
     Units:    microseconds
     """
     return 3 * _ITEM * prod(shape) / _BYTES + _LAUNCH
+
+
+def concatenation(shape: tuple[int, ...]) -> float:
+    """Copying tensors into one of this shape.
+
+    Units:    microseconds
+    """
+    return 2 * _ITEM * prod(shape) / _BYTES + _LAUNCH

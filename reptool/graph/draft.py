@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from reptool.graph.capture import Captured
 
+
 def apply(x: Any, /) -> Any:
     """What a draft's own nodes call; they are read by their operator, and never run."""
     raise AssertionError("a draft is not run; please report this")
@@ -65,7 +66,12 @@ class Draft:
         stack = list(reversed(nodes))
         while stack:
             node = stack.pop()
-            if node.op == "call_function" and not node.users and not getattr(node, "_erased", False) and not node.is_impure():
+            if (
+                node.op == "call_function"
+                and not node.users
+                and not getattr(node, "_erased", False)
+                and not node.is_impure()
+            ):
                 stack += node.all_input_nodes
                 self.graph.erase_node(node)
                 self.origin.pop(node, None)

@@ -20,10 +20,10 @@ def make_functional(graph: fx.Graph) -> bool:
     writers = [n for n in graph.nodes if _writes(n)]
     if not all(_has_one_name(n) and _functional(n) is not None for n in writers):
         return False
+    order = {n: i for i, n in enumerate(graph.nodes)}
     for node in writers:
         changed = node.args[0]
         node.target = _functional(node)
-        order = {n: i for i, n in enumerate(graph.nodes)}
         for user in list(changed.users):
             if user is not node and order[user] > order[node]:
                 user.replace_input_with(changed, node)

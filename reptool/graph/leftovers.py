@@ -20,10 +20,16 @@ _NORM = torch.ops.aten.batch_norm.default
 
 def leftovers(plan: Plan) -> tuple[tuple[str, str, str], ...]:
     """What is left as a norm or a scale: its module path, its kind, and why it went into no neighbour."""
-    scales = [v for v in plan.values.values() if any(isinstance(t.operator, Scale) for t in v.form.terms)]
+    scales = [v for v in plan.values.values() if _is_learned(v, plan)]
     kept = [(module_path(v.node) or "(root)", _kind(v), _reasons(v, plan)) for v in scales]
     opaque = [n for n in plan.opaque if n.target is _NORM]
     return (*kept, *((module_path(n) or "(root)", "batch norm", plan.opaque[n]) for n in opaque))
+
+
+def _is_learned(value: Value, plan: Plan) -> bool:
+    """Whether a value is a scale, and has weights; a number in the code is arithmetic, and stays as it was."""
+    weights = (plan.reader.tensor(used) for source in value.sources for used in source.all_input_nodes)
+    return any(isinstance(t.operator, Scale) for t in value.form.terms) and any(w is not None for w in weights)
 
 
 def _kind(value: Value) -> str:

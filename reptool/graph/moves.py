@@ -52,9 +52,13 @@ def varying_in(node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
 
 def numbered(source: fx.Node, axis: int) -> Tensor:
     """The number of its channel for every entry of a value, at the example's sizes."""
-    sizes = sizes_of(source)
+    return numbers_along(sizes_of(source), axis)
+
+
+def numbers_along(sizes: Sequence[int], axis: int) -> Tensor:
+    """The number along one axis for every entry of a value of these sizes."""
     shape = [-1 if a == axis % len(sizes) else 1 for a in range(len(sizes))]
-    return torch.arange(sizes[axis]).view(shape).expand(sizes).contiguous()
+    return torch.arange(sizes[axis]).view(shape).expand(*sizes).contiguous()
 
 
 def run_move(node: fx.Node, numbers: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ def run_move(node: fx.Node, numbers: Tensor) -> Tensor:
     holder = node.args[0] if node.target is operator.getitem else node
     assert isinstance(holder, fx.Node)  # noqa: S101  # it moves a node's value
     args, kwargs = fx.map_arg(
-        (holder.args, dict(holder.kwargs)), lambda n: numbers if n is value else _at_example(n.meta["val"])
+        (holder.args, dict(holder.kwargs)), lambda n: numbers if n is value else at_example(n.meta["val"])
     )
     call: Callable[..., Any] = holder.target  # type: ignore[assignment]  # an OpOverload
     result: Any = call(*args, **kwargs)
@@ -84,7 +88,8 @@ def along_one_axis(numbers: Tensor, axis: int) -> Tensor | None:
     return rows[0] if bool((rows == rows[:1]).all()) else None
 
 
-def _at_example(value: Any) -> Any:
+def at_example(value: Any) -> Any:
+    """A size as a number, or a tensor of a value's shape."""
     if isinstance(value, Tensor):
         return torch.empty([int(s) if isinstance(s, int) else int(s.node.hint) for s in value.shape])
     return value.node.hint if hasattr(value, "node") else value

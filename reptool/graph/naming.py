@@ -52,14 +52,35 @@ def distinct(wanted: Mapping[fx.Node, str], kept: Iterable[str]) -> dict[fx.Node
 
     ``kept`` are the names of weights that stay; nothing may be called like them, or lie above them.
     """
-    used = set(kept)
-    everything = used | set(wanted.values())
-    names: dict[fx.Node, str] = {}
-    for node, base in wanted.items():
-        names[node] = next(c for c in _candidates(base) if _free(c, base, used, everything))
-        used.add(names[node])
-        everything.add(names[node])
-    return names
+    taken = _Taken(kept, wanted.values())
+    return {node: taken.next(base) for node, base in wanted.items()}
+
+
+class _Taken:
+    """The names that are in use, and those that somebody still wants."""
+
+    def __init__(self, kept: Iterable[str], wanted: Iterable[str]) -> None:
+        self.used = set(kept)
+        self.everything = {*self.used, *wanted}
+        self.above = {prefix for name in self.everything for prefix in _prefixes(name)}
+
+    def next(self, base: str) -> str:
+        """The first free name like ``base``, from now on in use."""
+        name = next(c for c in _candidates(base) if self._free(c, base))
+        self.used.add(name)
+        self.everything.add(name)
+        self.above.update(_prefixes(name))
+        return name
+
+    def _free(self, name: str, base: str) -> bool:
+        inside = any(prefix in self.used for prefix in _prefixes(name))
+        return name not in self.used and (name == base or name not in self.everything) and not inside and name not in self.above
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The names that a dotted name lies inside."""
+    parts = name.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts)))
 
 
 def _candidates(base: str) -> Iterator[str]:
@@ -67,9 +88,3 @@ def _candidates(base: str) -> Iterator[str]:
     for number in count(2):
         yield f"{base}_{number}"
         yield f"{base}.fused" if number == 2 else f"{base}.fused_{number - 1}"
-
-
-def _free(name: str, base: str, used: set[str], everything: set[str]) -> bool:
-    above = any(name.startswith(f"{other}.") for other in used)
-    below = any(other.startswith(f"{name}.") for other in everything)
-    return name not in used and (name == base or name not in everything) and not above and not below

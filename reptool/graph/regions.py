@@ -51,7 +51,7 @@ def regions(draft: Draft, emitted: Emitted) -> list[Between]:
         written, origin = emitted.written.get(node), draft.origin.get(node)
         if written is not None and origin is not None and is_tensor(node):
             pairs.setdefault(written, origin)
-    cutter = _Cutter(Weights(draft.original.state), pairs, emitted)
+    cutter = _Cutter(Weights(draft.original.state), pairs, emitted, draft.original.graph)
     changed = [n for n in draft.graph.nodes if n in emitted.written and n in draft.origin and _is_changed(n, draft, emitted)]
     return [cutter.between(draft.origin[n], emitted.written[n], emitted.names.get(n)) for n in changed]
 
@@ -70,25 +70,24 @@ def _is_changed(node: fx.Node, draft: Draft, emitted: Emitted) -> bool:
 class _Cutter:
     """Cuts regions out of both graphs."""
 
-    def __init__(self, weights: Weights, pairs: dict[fx.Node, fx.Node], emitted: Emitted) -> None:
+    def __init__(self, weights: Weights, pairs: dict[fx.Node, fx.Node], emitted: Emitted, graph: fx.Graph) -> None:
         self.weights, self.pairs = weights, pairs
-        self.order = {n: i for i, n in enumerate(emitted.module.graph.nodes)}
+        self.written = {n: i for i, n in enumerate(emitted.module.graph.nodes)}
+        self.captured = {n: i for i, n in enumerate(graph.nodes)}
 
     def between(self, origin: fx.Node, written: fx.Node, name: str | None) -> Between:
         """The region that ends in one value."""
-        aliased = self.pairs.get(written) is not origin
-        stops = {n: o for n, o in self.pairs.items() if n is not written or aliased}
-        after, reached = _walk(written, stops, _is_leaf)
-        cuts = {stops[n]: n for n in reached if n in stops}
-        before, leaves = _walk(origin, cuts, self._is_constant)
+        itself = None if self.pairs.get(written) is not origin else written  # an alias ends where its value is computed
+        after, reached = _walk(written, lambda n: n in self.pairs and n is not itself, _is_leaf)
+        cuts = {self.pairs[n]: n for n in reached if n in self.pairs}
+        before, leaves = _walk(origin, cuts.__contains__, self._is_constant)
         cuts |= {leaf: leaf for leaf in leaves if leaf not in cuts and is_tensor(leaf) and not self._is_constant(leaf)}
-        order = {n: i for i, n in enumerate(origin.graph.nodes)}
         return Between(
             name or str(written.target),
             (origin, written),
-            tuple(sorted(cuts.items(), key=lambda pair: order[pair[0]])),
-            tuple(sorted(before, key=order.__getitem__)),
-            tuple(sorted(after, key=self.order.__getitem__)),
+            tuple(sorted(cuts.items(), key=lambda pair: self.captured[pair[0]])),
+            tuple(sorted(before, key=self.captured.__getitem__)),
+            tuple(sorted(after, key=self.written.__getitem__)),
         )
 
     def _is_constant(self, node: fx.Node) -> bool:
@@ -100,7 +99,7 @@ def _is_leaf(node: fx.Node) -> bool:
 
 
 def _walk(
-    end: fx.Node, stops: Mapping[fx.Node, Any], is_leaf: Callable[[fx.Node], bool]
+    end: fx.Node, stops: Callable[[fx.Node], bool], is_leaf: Callable[[fx.Node], bool]
 ) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes that lead to a value, and the ones where that ends: stops, leaves, inputs and sizes."""
     inside: set[fx.Node] = set()
@@ -110,7 +109,7 @@ def _walk(
         node = stack.pop()
         if node in inside or node in ends:
             continue
-        if node in stops or node.op == "placeholder" or is_leaf(node) or _is_size(node):
+        if stops(node) or node.op == "placeholder" or is_leaf(node) or _is_size(node):
             ends.add(node)
         else:
             inside.add(node)

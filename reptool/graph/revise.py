@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reptool.graph.concat import scale_branches
+from reptool.graph.edits import tidy
+from reptool.graph.factors import hand_factors_back
+from reptool.graph.heads import merge_heads
+from reptool.graph.pairs import choose_by_sigmoid
 from reptool.graph.permutations import absorb_permutations
 from reptool.graph.slides import slide_back
+from reptool.graph.softmax import drop_constants
 from reptool.graph.spread import spread
+from reptool.graph.stacks import stack_branches
+from reptool.graph.sums import apply_once
 
 if TYPE_CHECKING:
     from reptool.graph.cost import Cost
@@ -14,7 +22,20 @@ if TYPE_CHECKING:
 
 
 def revise(draft: Draft, cost: Cost) -> None:
-    """Bring together what can be folded; see each rule for its law."""
+    """Bring together what can be folded; see each rule for its law.
+
+    Constants are dropped last: only then is known which layers have one, as a norm's shift went into what follows it.
+    """
+    tidy(draft)
     absorb_permutations(draft)
+    scale_branches(draft)
+    stack_branches(draft, cost)
+    apply_once(draft, cost)
+    choose_by_sigmoid(draft)
+    hand_factors_back(draft)
     slide_back(draft, cost)
     spread(draft)
+    drop_constants(draft)
+    merge_heads(draft, cost)
+    tidy(draft)
+

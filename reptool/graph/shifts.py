@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from reptool.affine.form import compose, outline
-from reptool.affine.operators import Conv, Refusal, Scale
+from reptool.affine.operators import Refusal, Scale
 from reptool.graph.carriers import axis_before, carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.moves import PARTINGS, along_one_axis, moved_from, moves_of, run_move, varying_in
@@ -28,36 +28,48 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
-SOFTMAXES = (aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default)  # noqa: SLF001
-_ROWS = (aten.softmax.int, aten._softmax.default)  # noqa: SLF001  # ATen's name
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
-_SUMS = (aten.add.Tensor, aten.sub.Tensor)
-_MASKS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 ATTENTION = aten.scaled_dot_product_attention.default
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
+_SOFTMAXES = (aten.softmax.int, aten._softmax.default)  # noqa: SLF001  # ATen's name
+_LOGARITHMS = (aten.log_softmax.int, aten._log_softmax.default)  # noqa: SLF001  # ATen's name
+_MASKS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+EXPANDS = (aten.expand.default, aten.expand_as.default)
 
 
 @dataclass(frozen=True, eq=False)
 class Shift:
     """Something that is added to a value and varies along some of its axes.
 
-    ``numbers`` has, for every entry, the number of the source's channel whose constant is added, as long as nothing but
-    that constant is. ``passed`` are the nodes that are changed by it, ``proof`` those whose making it was relied on.
+    ``numbers`` makes, for every entry, the number of the source's channel whose constant is added, as long as nothing
+    but that constant is. ``passed`` are the nodes in front that it changes, ``proof`` those whose making was relied on.
     """
 
     node: fx.Node
     varies: frozenset[int]
-    numbers: Tensor | None = None
+    numbers: Callable[[], Tensor] | None = None
     passed: tuple[fx.Node, ...] = ()
     proof: tuple[fx.Node, ...] = ()
     averaged: bool = False
 
+    @property
+    def changed(self) -> tuple[fx.Node, ...]:
+        """Every node that has another value without the shift."""
+        return (*self.passed, self.node)
+
+    def on(self, node: fx.Node, varies: frozenset[int], numbers: Callable[[], Tensor] | None = None) -> Shift:
+        """The shift of the next value."""
+        return replace(self, node=node, varies=varies, numbers=numbers, passed=self.changed)
+
 
 @dataclass(frozen=True, eq=False)
 class End:
-    """Where a shift ends: it is lost there, or ``taken`` by the layer that reads the value, as this channel vector."""
+    """Where a shift ends: it is lost there, or ``taken`` by a layer that adds these channels' constants along an axis."""
 
-    shift: Shift
     reader: fx.Node
+    value: fx.Node
+    changed: tuple[fx.Node, ...]
+    proof: tuple[fx.Node, ...]
     taken: Tensor | None = None
     axis: int = 1
 
@@ -66,7 +78,7 @@ def ends_of(reader: Reader, shift: Shift) -> list[End] | None:
     """All places where a shift ends; None if one of those who read the value would miss it."""
     ends: list[End] = []
     for user, position in _uses(shift.node):
-        found = _end(reader, shift, user, position)
+        found = _ends_in(reader, shift, user, position)
         if found is None:
             return None
         ends += found
@@ -74,133 +86,55 @@ def ends_of(reader: Reader, shift: Shift) -> list[End] | None:
 
 
 def _uses(node: fx.Node) -> list[tuple[fx.Node, int]]:
-    """Who reads a value, and at which position; -1 where it is none of the first arguments."""
-    users = [u for u in readers(node) if u.op == "output" or not _is_size(u)]
+    """Who reads a value, and at which position; -1 where it is none of the arguments itself."""
+    users = [u for u in readers(node) if not isinstance(u.meta.get("val"), (int, torch.SymInt))]
     return [(u, i) for u in users for i in ([i for i, a in enumerate(u.args) if a is node] or [-1])]
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
-
-
-def _end(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list[End] | None:
+def _ends_in(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list[End] | None:
     """Where a shift ends that one reader reads at one position."""
     if _loses(user, position, shift):
-        return [End(shift, user)]
-    onward = _onward(reader, shift, user, position)
-    ends = None if onward is None else _all(reader, onward)
-    return ends if ends is not None else _taken(reader, shift, user)
-
-
-def _all(reader: Reader, shifts: list[Shift]) -> list[End] | None:
-    found = [ends_of(reader, shift) for shift in shifts]
-    return None if None in found else [end for ends in found for end in ends or ()]
+        return [End(user, shift.node, shift.changed, shift.proof)]
+    rows = _rows(user, position, shift)
+    if rows is not None and rows[0] == 0:
+        return [End(user, shift.node, shift.changed, (*shift.proof, *rows[1]))]
+    onward = [_averaged(shift, user, rows[1])] if rows is not None else _onward(reader, shift, user, position)
+    ends: list[End] | None = []
+    for further in onward or ():
+        found = ends_of(reader, further)
+        ends = None if ends is None or found is None else [*ends, *found]
+    return ends if ends is not None and onward is not None else _taken(reader, shift, user)
 
 
 def _loses(user: fx.Node, position: int, shift: Shift) -> bool:
     """Whether a shift of one argument leaves a result as it was.
 
-    Law:      softmax(x + c) == softmax(x) and attention(q, k + c, v) == attention(q, k, v) where c is the same for all keys
-    Refuses:  a shift that varies along the axis of the softmax; dropout that is active
+    Law:      softmax(x + c) == softmax(x), log_softmax alike, and attention(q, k + c, v) == attention(q, k, v), where c
+              is constant along the axis of the softmax, or the same for all keys
+    Refuses:  a shift that varies along that axis; attention with dropout that is active
     """
-    if user.target in SOFTMAXES:
-        return position == 0 and arguments_of(user)["dim"] % len(shape_of(shift.node)) not in shift.varies
-    if user.target is ATTENTION:
-        return position == 1 and len(shape_of(shift.node)) - 2 not in shift.varies and _is_calm(user)
-    return False
+    rank = len(shape_of(shift.node))
+    if user.target in {*_SOFTMAXES, *_LOGARITHMS}:
+        return position == 0 and arguments_of(user)["dim"] % rank not in shift.varies
+    return user.target is ATTENTION and position == 1 and rank - 2 not in shift.varies and _is_calm(user)
 
 
 def _is_calm(attention: fx.Node) -> bool:
-    return arguments_of(attention)["dropout_p"] == 0
+    return bool(arguments_of(attention)["dropout_p"] == 0)
 
 
-def _onward(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list[Shift] | None:
-    """The shifts of a reader's results; None if they are not known."""
-    if user.target in PARTINGS or (is_tensor(user) and carried(user) is shift.node):
-        return [_moved(shift, move) for move in _moves(shift.node, user)] or None
-    for rule in (_summed, _averaged, _multiplied, _scaled):
-        varies = rule(reader, user, position, shift)
-        if isinstance(varies, Shift):
-            return [varies]
-        if varies is not None:
-            passed = (*shift.passed, shift.node)
-            return [replace(shift, node=user, varies=varies, numbers=None, passed=passed)]
-    return None
-
-
-def _moves(node: fx.Node, user: fx.Node) -> list[fx.Node]:
-    return [user] if user.target not in PARTINGS else [m for m in moves_of(node) if m.args[0] is user]
-
-
-def _moved(shift: Shift, move: fx.Node) -> Shift:
-    numbers = None if shift.numbers is None or moved_from(move) is None else run_move(move, shift.numbers)
-    passed = (*shift.passed, shift.node)
-    return replace(shift, node=move, varies=varying_in(move, shift.varies), numbers=numbers, passed=passed)
-
-
-def _summed(reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
-    """A sum, or a mask that puts minus infinity: what is added stays added."""
-    masked = user.target in _MASKS and position == 0 and _hides(reader, user)
-    if not masked and (user.target not in _SUMS or position not in {0, 1}):
-        return None
-    return aligned(shift.varies, shift.node, user)
-
-
-def _hides(reader: Reader, user: fx.Node) -> bool:
-    """Whether entries are masked that are known beforehand, with minus infinity, which no shift changes."""
-    value = user.args[2]
-    value = reader.tensor(value) if isinstance(value, fx.Node) else value
-    return reader.tensor(user.args[1]) is not None and value is not None and float(value) == -inf  # type: ignore[arg-type]
-
-
-def _multiplied(reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
-    """A product of two values: entry by entry, or of matrices, where the rows or columns stay apart."""
-    rank = len(shape_of(user)) if is_tensor(user) else 0
-    if user.target is aten.neg.default:
-        return shift.varies
-    if user.target in {aten.mul.Tensor, aten.div.Tensor} and position in {0, 1} and len(user.args) == 2:
-        if user.target is aten.div.Tensor and position == 1:
-            return None
-        return aligned(shift.varies, shift.node, user) | axes_of(user.args[1 - position], rank)
-    first = 1 if user.target is aten.baddbmm.default else 0
-    if first and position == 0:
-        return aligned(shift.varies, shift.node, user)
-    if not (first or user.target in PRODUCTS) or position - first not in {0, 1} or _rank(shift.node) < 2:
-        return None
-    kept = position - first - 2
-    everything = frozenset(range(rank))
-    return everything if kept % _rank(shift.node) in shift.varies else everything - {kept % rank}
-
-
-def _scaled(reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
-    """A scale or a matrix on one axis."""
-    read = operator_of(reader, user)
-    axis = None if read is None or read[0] is not shift.node else channel_axis(read[1], shift.node)
-    return None if axis is None or position != 0 else shift.varies | {axis}
-
-
-def _averaged(reader: Reader, user: fx.Node, position: int, shift: Shift) -> Shift | None:
-    """A product with rows that sum to one hands on what is the same for all that it sums over; with rows of sum 0 it is lost.
+def _rows(user: fx.Node, position: int, shift: Shift) -> tuple[int, tuple[fx.Node, ...]] | None:
+    """What the weights sum to with which a product averages a shifted argument, and the nodes that say so.
 
     Law:      P (v + c) == P v + r c, where c is constant along the axis that P sums over and r is the sum of P's rows
-    Refuses:  rows that something was multiplied with after the softmax; fused attention with a mask, whose rows may be zero
+    Refuses:  a shift that varies along that axis; fused attention with a mask, of which torch sets masked rows to zero
     """
-    rank = _rank(shift.node)
-    axis = rank - (2 if position else 1)
-    rows = _rows(user, position) if rank >= 2 and axis not in shift.varies else None
-    if rows is None:
+    axis = len(shape_of(shift.node)) - (1 if position == 0 else 2)
+    if axis < 0 or axis in shift.varies:
         return None
-    numbers = None if shift.numbers is None else shift.numbers.narrow(axis, 0, 1).expand(sizes_of(user))
-    varies = aligned(shift.varies, shift.node, user) if rows[0] else None
-    passed, proof = (*shift.passed, shift.node), (*shift.proof, *rows[1])
-    return Shift(user, varies, numbers, passed, proof, averaged=True)
-
-
-def _rows(user: fx.Node, position: int) -> tuple[int, tuple[fx.Node, ...]] | None:
-    """What the weights sum to that a product averages one of its arguments with, and the nodes that say so."""
     if user.target is ATTENTION:
         given = arguments_of(user)
-        plain = given["attn_mask"] is None and _is_calm(user) and not given["enable_gqa"]
+        plain = given["attn_mask"] is None and not given["enable_gqa"] and _is_calm(user)
         return (1, ()) if position == 2 and plain else None
     if user.target not in PRODUCTS or position not in {0, 1}:
         return None
@@ -211,14 +145,15 @@ def _rows(user: fx.Node, position: int) -> tuple[int, tuple[fx.Node, ...]] | Non
 def row_sum(node: fx.Node, axis: int) -> tuple[int, tuple[fx.Node, ...]] | None:
     """What a value's entries along an axis sum to: 1 for a softmax, 0 for an instance norm of one; and what says so.
 
-    Law:      the mean of a map whose n columns sum to one in every row is 1 / n, so a norm that subtracts it leaves rows
-              that sum to zero
+    Law:      where n entries sum to one in every row, the mean of a map is 1 / n, and a norm that subtracts it leaves
+              rows that sum to zero
+    Refuses:  anything that multiplies in between; a norm with weights or running statistics; weights that are returned
     """
     chain: list[fx.Node] = []
     at: int | None = axis % len(shape_of(node))
-    while at is not None and not _is_output(node):
+    while at is not None and not any(user.op == "output" for user in node.users):
         chain.append(node)
-        if node.target in _ROWS:
+        if node.target in _SOFTMAXES:
             return (1, tuple(chain)) if arguments_of(node)["dim"] % len(shape_of(node)) == at else None
         if node.target is aten.instance_norm.default and at >= 2 and _only_centres(node):
             inner = row_sum(node.args[0], at)  # type: ignore[arg-type]  # a node
@@ -229,13 +164,74 @@ def row_sum(node: fx.Node, axis: int) -> tuple[int, tuple[fx.Node, ...]] | None:
     return None
 
 
-def _is_output(node: fx.Node) -> bool:
-    return any(user.op == "output" for user in node.users)
-
-
 def _only_centres(norm: fx.Node) -> bool:
     given = arguments_of(norm)
-    return given["use_input_stats"] and given["weight"] is None and given["bias"] is None
+    return bool(given["use_input_stats"]) and given["weight"] is None and given["bias"] is None
+
+
+def _averaged(shift: Shift, user: fx.Node, proof: tuple[fx.Node, ...]) -> Shift:
+    """The shift of a product with rows that sum to one: the same, for every row."""
+    axis = -1 if user.args[0] is shift.node else -2
+    made, sizes = shift.numbers, sizes_of(user)
+    numbers = None if made is None else lambda: made().narrow(axis, 0, 1).expand(sizes)
+    further = shift.on(user, aligned(shift.varies, shift.node, user), numbers)
+    return replace(further, proof=(*shift.proof, *proof), averaged=True)
+
+
+def _onward(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list[Shift] | None:
+    """The shifts of what a reader returns; None if they are not known."""
+    if user.target in PARTINGS:
+        return [_moved(shift, piece) for piece in moves_of(shift.node) if piece.args[0] is user]
+    if is_tensor(user) and carried(user) is shift.node and position == 0:
+        return [_moved(shift, user)]
+    for rule in (_summed, _multiplied, _scaled):
+        varies = rule(reader, user, position, shift)
+        if varies is not None:
+            return [shift.on(user, varies)]
+    return None
+
+
+def _moved(shift: Shift, move: fx.Node) -> Shift:
+    made = shift.numbers if moved_from(move) is not None else None
+    return shift.on(move, varying_in(move, shift.varies), None if made is None else lambda: run_move(move, made()))
+
+
+def _summed(reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
+    """A sum, a mask that puts minus infinity, a change of sign: what is added stays added."""
+    masked = user.target in _MASKS and position == 0 and _hides(reader, user)
+    if masked or user.target is aten.neg.default or (user.target in SUMS and position in {0, 1}):
+        return aligned(shift.varies, shift.node, user)
+    return None
+
+
+def _hides(reader: Reader, user: fx.Node) -> bool:
+    """Whether entries known beforehand are masked with minus infinity, which no shift changes."""
+    value = user.args[2]
+    value = reader.tensor(value) if isinstance(value, fx.Node) else value
+    return reader.tensor(user.args[1]) is not None and value is not None and float(value) == -inf  # type: ignore[arg-type]
+
+
+def _multiplied(_reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
+    """A product of two values: entry by entry, or of matrices, where rows of the first and columns of the second stay apart."""
+    if not is_tensor(user) or position not in {0, 1, 2}:
+        return None
+    rank, first = len(shape_of(user)), 1 if user.target is aten.baddbmm.default else 0
+    if user.target is aten.mul.Tensor or (user.target is aten.div.Tensor and position == 0):
+        return aligned(shift.varies, shift.node, user) | axes_of(user.args[1 - position], rank)
+    if first and position == 0:
+        return aligned(shift.varies, shift.node, user)
+    if not (first or user.target in PRODUCTS) or len(shape_of(shift.node)) < 2:
+        return None
+    kept = -2 if position == first else -1
+    everything = frozenset(range(rank))
+    return everything if kept % len(shape_of(shift.node)) in shift.varies else everything - {kept % rank}
+
+
+def _scaled(reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
+    """A scale or a matrix on one axis."""
+    read = operator_of(reader, user)
+    axis = channel_axis(read[1], shift.node) if read is not None and read[0] is shift.node else None
+    return None if axis is None or position != 0 else shift.varies | {axis}
 
 
 def _taken(reader: Reader, shift: Shift, user: fx.Node) -> list[End] | None:
@@ -243,34 +239,34 @@ def _taken(reader: Reader, shift: Shift, user: fx.Node) -> list[End] | None:
 
     Refuses:  a layer that cannot take it, such as a convolution with a zero border; channels that are not on its axis
     """
-    read = operator_of(reader, user)
-    if read is None or not shift.averaged or shift.numbers is None or read[0] is not shift.node:
+    read = operator_of(reader, user) if shift.averaged and shift.numbers is not None else None
+    axis = channel_axis(read[1], shift.node) if read is not None and read[0] is shift.node else None
+    if read is None or axis is None or not shift.varies <= {axis} or shift.numbers is None:
         return None
-    axis = channel_axis(read[1], shift.node)
-    if axis is None or not shift.varies <= {axis} or not isinstance(read[1], (Conv, Scale)):
+    numbers = along_one_axis(shift.numbers(), axis)
+    named = 1 if axis == 1 and len(shape_of(shift.node)) > 2 else -1
+    if numbers is None or isinstance(_with_shift(read[1], len(numbers), named), Refusal):
         return None
-    named = 1 if axis == 1 and _rank(shift.node) > 2 else -1
-    numbers = along_one_axis(shift.numbers, axis)
-    if numbers is None or isinstance(compose(Scale(torch.ones(len(numbers), device="meta"), None, named), outline(read[1])), Refusal):
-        return None
-    return [End(shift, user, numbers, named)]
+    return [End(user, shift.node, shift.changed, shift.proof, numbers, named)]
+
+
+def _with_shift(operator: Any, channels: int, axis: int) -> Any:
+    """A layer with a shift in front, as one operator without values."""
+    shift = torch.empty(channels, dtype=torch.float64, device="meta")
+    return compose(Scale(shift, shift, axis), outline(operator))
 
 
 def aligned(axes: frozenset[int], node: fx.Node, result: fx.Node) -> frozenset[int]:
     """Axes of an argument as axes of a result that it was broadcast to."""
-    more = _rank(result) - _rank(node)
+    more = len(shape_of(result)) - len(shape_of(node))
     return frozenset(a + more for a in axes)
 
 
 def axes_of(value: Any, rank: int) -> frozenset[int]:
-    """The axes of a result of some rank along which an argument may vary, that is broadcast to it."""
+    """The axes of a result of some rank along which an argument may vary that is broadcast to it."""
     if not isinstance(value, fx.Node):
         return frozenset()
-    if value.target in {aten.expand.default, aten.expand_as.default}:
+    if value.target in EXPANDS:
         value = value.args[0]
     shape = shape_of(value)
     return frozenset(a + rank - len(shape) for a, size in enumerate(shape) if not (isinstance(size, int) and size == 1))
-
-
-def _rank(node: fx.Node) -> int:
-    return len(shape_of(node)) if is_tensor(node) else 0

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)  # noqa: SLF001  # ATen's name
+LAYERS = (
+    *(aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.convolution.default),
+)
+"""Operators over a value, a weight and a bias, in this order."""
 _REFER = (aten.reshape_as.default, aten.view_as.default, aten.unflatten.int)
 
 

@@ -15,7 +15,6 @@ import torch
 import reptool
 from reptool.checkpoint.own import factory
 from reptool.errors import CaptureError
-from reptool.parts import fuse_parts
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "own-networks.md"
@@ -67,12 +66,13 @@ def test_every_command_of_the_page_succeeds(walked) -> None:
 
 
 def test_fuse_names_the_regions(walked) -> None:
-    """Every block of the backbone and the neck is a region, and each is proved."""
-    _, done = walked
-    out = next(result.stdout for line, result in done.items() if " fuse " in line)
+    """With -v, every block of the backbone and the neck is a region by its own name; all are proved."""
+    folder, done = walked
+    assert "8 of 8 regions proved" in next(result.stdout for line, result in done.items() if " fuse " in line)
+    output = folder.parent / "told.safetensors"
+    told = run(f"reptool fuse ckpt.pt -m own_network:net --img-size 64 -v -o {output}", folder)
     for region in ("backbone.stem", "backbone.fine.1", "backbone.coarse.0", "lateral.0", "neck.0", "neck.1"):
-        assert region in out
-    assert "8 of 8 regions proved" in out
+        assert region in told.stdout
 
 
 @pytest.mark.parametrize("name", ["ckpt.onnx", "fused.onnx"])
@@ -106,7 +106,7 @@ def test_the_choice_is_fused_around(walked, monkeypatch: pytest.MonkeyPatch) -> 
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(CaptureError, match=r"own_network\.py:\d+ in forward(.|\n)*only=\[\"detector\"\]"):
         reptool.fuse(finder, (x,))
-    fused = fuse_parts(finder, (x,), ["detector"], reptool.fuse)
+    fused = reptool.fuse(finder, (x,), only=["detector"])
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
     assert reptool.verify(finder.detector, fused.detector, (x,)).passed
     monkeypatch.delitem(sys.modules, "own_network")

@@ -1,0 +1,34 @@
+"""Small changes of a draft that several rules make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from reptool.graph.draft import Draft
+
+
+def call(draft: Draft, before: fx.Node, target: Any, *arguments: Any) -> fx.Node:
+    """A new node in front of another, of its module; it equals nothing that was captured."""
+    with draft.graph.inserting_before(before):
+        node = draft.graph.call_function(target, arguments)
+    node.meta = {"nn_module_stack": before.meta.get("nn_module_stack")}
+    draft.refresh([node])
+    return node
+
+
+def replace_by(draft: Draft, node: fx.Node, other: fx.Node) -> None:
+    """Let another node be read in place of one that it does not equal."""
+    node.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
+    draft.forget([node])
+    draft.graph.erase_node(node)
+
+
+def tidy(draft: Draft) -> None:
+    """Erase what nobody reads, so that it does not count as a reader."""
+    for node in reversed(list(draft.graph.nodes)):
+        if node.op == "call_function" and not node.users and not node.is_impure(impure_random=False):
+            draft.forget([node])
+            draft.graph.erase_node(node)

@@ -1,0 +1,153 @@
+"""Factors of attention's logits and results, brought to the projection that can take them.
+
+A factor that is the same for all entries changes places with everything linear: with what moves entries, and with a
+product of two values, of which either takes it. At a convolution or a linear layer it costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from reptool.affine.operators import Conv, Scale
+from reptool.graph.carriers import carried, computes_nothing
+from reptool.graph.draft import is_tensor, readers
+from reptool.graph.moves import PARTINGS, moved_from, moves_of, numbered, run_move, run_moves
+from reptool.graph.shifts import PRODUCTS
+from reptool.graph.slides import operator_of
+from reptool.graph.values import arguments_of, shape_of
+
+if TYPE_CHECKING:
+    from reptool.graph.draft import Draft
+    from reptool.graph.read import Reader
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """From a source over ``moves``, last one first, and perhaps over a product and what is ``behind`` it, to a value.
+
+    ``shared`` says that others read from the source or between the moves too.
+    """
+
+    source: fx.Node
+    moves: tuple[fx.Node, ...]
+    behind: tuple[fx.Node, ...]
+    shared: bool
+
+
+def hand_factors_back(draft: Draft) -> None:
+    """Bring every factor that is the same for all entries to the projection in front of it."""
+    for node in list(draft.graph.nodes):
+        found = _factor(draft.reader, node)
+        if found is not None:
+            _hand_back(draft, node, *found)
+
+
+def _hand_back(draft: Draft, node: fx.Node, value: fx.Node, factor: float) -> None:
+    """Let a projection make what a factor makes of a value.
+
+    Law:      s (q k) == (s q) k == q (s k), and s (W x) == (s W) x
+    When:     a layer or a scale stands at the end of a way over moves and products that nobody else reads from, or whose
+              channels on it nobody else reads
+    Refuses:  a value that anybody else reads; a factor that varies; a product of a value with itself
+    Source:   Vaswani et al. 2017, equation 1; Fu et al. 2019, Dual Attention Network, equation 2 (its factor alpha)
+    """
+    way = _way(draft.reader, value)
+    if way is None or not (way.moves or way.behind):
+        return
+    axis = _axis(draft.reader, way.source)
+    channels = shape_of(way.source)[axis]
+    own = _own(way, axis) if way.shared else (slice(None), way.moves)
+    if own is None or not isinstance(channels, int):
+        return
+    gain = torch.ones(channels, dtype=torch.float64)
+    gain[own[0]] = factor
+    scaled = draft.insert(Scale(gain, None, axis), way.source, like=node)
+    way.source.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    draft.forget((*own[1], *way.behind, value))
+    draft.supersede(node, value)
+
+
+def _axis(reader: Reader, source: fx.Node) -> int:
+    read = operator_of(reader, source)
+    assert read is not None  # noqa: S101  # see _way
+    return read[1].axis if isinstance(read[1], Scale) else 1 if isinstance(read[1], Conv) and read[1].rank else -1
+
+
+def _factor(reader: Reader, node: fx.Node) -> tuple[fx.Node, float] | None:
+    """A value and the one number that a node multiplies all its entries with."""
+    if node.target not in {aten.mul.Tensor, aten.div.Tensor} or not is_tensor(node):
+        return None
+    given = arguments_of(node)
+    value, other = given["self"], given["other"]
+    if node.target is aten.mul.Tensor and (not is_tensor(value) or reader.tensor(value) is not None):
+        value, other = other, value
+    number = _number(reader, other)
+    if number is None or not is_tensor(value) or shape_of(value) != shape_of(node):
+        return None
+    factor = number if node.target is aten.mul.Tensor else 1 / number if number else float("inf")
+    same = value.meta["val"].dtype == node.meta["val"].dtype
+    return (value, factor) if same and isfinite(factor) else None
+
+
+def _number(reader: Reader, argument: object) -> float | None:
+    if isinstance(argument, (int, float)):
+        return float(argument)
+    constant = reader.constant(argument)
+    return float(constant) if constant is not None and constant.numel() == 1 else None
+
+
+def _way(reader: Reader, value: fx.Node) -> _Way | None:
+    """The way to a value from the nearest operator; through a product, by the first of its arguments that has one."""
+    moves: list[fx.Node] = []
+    shared = False
+    node: fx.Node | None = value
+    while node is not None:
+        shared = shared or len(readers(node)) > 1
+        if _is_source(reader, node):
+            return _Way(node, tuple(moves), (), shared)
+        moves.append(node)
+        if node.target in PRODUCTS:
+            return None if shared else _through(reader, node, moves)
+        picks = moved_from(node) is not None and not computes_nothing(node)
+        shared, node = shared or picks, moved_from(node) or carried(node)
+    return None
+
+
+def _is_source(reader: Reader, node: fx.Node) -> bool:
+    """Whether a node is a layer or a scale."""
+    read = operator_of(reader, node)
+    return read is not None and isinstance(read[1], (Conv, Scale))
+
+
+def _through(reader: Reader, product: fx.Node, behind: list[fx.Node]) -> _Way | None:
+    first, second = product.args[:2]
+    found = [None if first is second or not is_tensor(a) else _way(reader, a) for a in (first, second)]  # type: ignore[arg-type]
+    ways = [way for way in found if way is not None and not way.behind]
+    return replace(ways[0], behind=tuple(behind)) if ways else None
+
+
+def _own(way: _Way, axis: int) -> tuple[Tensor, tuple[fx.Node, ...]] | None:
+    """The source's channels on a way and the nodes that hold any of them; None if they are also read elsewhere."""
+    if any(moved_from(node) is None for node in way.moves):
+        return None
+    numbers = numbered(way.source, axis)
+    own = run_moves(way.moves[::-1], numbers).unique()
+    stack, held = [(way.source, numbers)], []
+    while stack:
+        node, numbers = stack.pop()
+        if not torch.isin(own, numbers).any():
+            continue
+        onward = moves_of(node)
+        others = [u for u in readers(node) if u not in onward and u.target not in PARTINGS]
+        if len(others) > (node is (way.moves or (way.source,))[0]):
+            return None
+        held.append(node)
+        stack += [(move, run_move(move, numbers)) for move in onward]
+    return own, tuple(held[1:])

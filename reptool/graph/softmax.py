@@ -1,0 +1,151 @@
+"""What a softmax makes superfluous: constants that it loses, and those that its rows hand on unchanged.
+
+Where a constant goes is found in ``shifts``; here the draft is changed, and the account of what still equals what.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from reptool.affine.form import without_constant
+from reptool.affine.operators import Conv, Scale
+from reptool.graph.carriers import carried
+from reptool.graph.draft import is_tensor
+from reptool.graph.edits import call, replace_by
+from reptool.graph.moves import numbered
+from reptool.graph.shifts import EXPANDS, SUMS, Shift, axes_of, ends_of
+from reptool.graph.slides import LAYERS, operator_of
+from reptool.graph.values import EXACT, arguments_of, shape_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reptool.affine.operators import Operator
+    from reptool.graph.draft import Draft
+    from reptool.graph.read import Reader
+    from reptool.graph.shifts import End
+
+aten = torch.ops.aten
+_EXTREMES = (aten.max.dim, aten.min.dim)
+_REDUCTIONS = (aten.amax.default, aten.amin.default, aten.mean.dim, aten.sum.dim_IntList)
+
+
+def drop_constants(draft: Draft) -> None:
+    """Drop every bias and every term that softmaxes lose, and move the biases of averaged values behind the average."""
+    for node in list(draft.graph.nodes):
+        if node.target in SUMS and is_tensor(node):
+            _drop_term(draft, node)
+    for node in reversed(list(draft.graph.nodes)):
+        if node.op == "call_function":
+            _drop_bias(draft, node)
+
+
+def _drop_bias(draft: Draft, node: fx.Node) -> None:
+    """Leave a bias out where nobody would miss it, or where those who would can add it themselves.
+
+    Law:      softmax(A (x + c)) == softmax(A x), if A c is constant along the axis of the softmax;
+              P (v + c) == P v + c, if the rows of P sum to one
+    When:     every way from the value leads to a softmax that loses the bias, or to a layer that takes it
+    Refuses:  a value that anybody else reads, the output included; whatever ``shifts`` cannot follow
+    Source:   Vaswani et al. 2017, section 3.2; Guo et al. 2021, External Attention, section 3.2
+    """
+    read = operator_of(draft.reader, node)
+    constant = None if read is None else _constant(read[1])
+    if read is None or constant is None:
+        return
+    axis = _axis(read[1]) % len(shape_of(node))
+    ends = ends_of(draft.reader, Shift(node, frozenset({axis}), lambda: numbered(node, axis)))
+    if not ends:
+        return
+    for end in ends:
+        if end.taken is not None:
+            _hand_on(draft, end, constant)
+    for end in ends:
+        draft.forget((*end.changed, *end.proof))
+    _without_constant(draft, node, read)
+
+
+def _constant(layer: Operator) -> Tensor | None:
+    """What an operator adds, per channel of its result."""
+    match layer:
+        case Conv():
+            return layer.bias
+        case Scale():
+            return layer.shift
+    return None
+
+
+def _axis(layer: Operator) -> int:
+    """The channel axis of an operator's result."""
+    if isinstance(layer, Scale):
+        return layer.axis
+    return 1 if isinstance(layer, Conv) and layer.rank else -1
+
+
+def _hand_on(draft: Draft, end: End, constant: Tensor) -> None:
+    """Let the layer at the end read the value with the constant added, which it then folds in."""
+    shift = constant[end.taken]
+    added = draft.insert(Scale(torch.ones_like(shift), shift, end.axis), end.value, like=end.reader)
+    if end.value in draft.origin:
+        draft.origin[added] = draft.origin[end.value]
+    end.reader.replace_input_with(end.value, added)
+
+
+def _without_constant(draft: Draft, node: fx.Node, read: tuple[fx.Node, Operator]) -> None:
+    """Take the constant from a node: from its arguments if it is a layer, or else with the node."""
+    atom, layer = read
+    if node.target in LAYERS:
+        node.args, node.kwargs = (*node.args[:2], None, *node.args[3:]), {k: v for k, v in node.kwargs.items() if k != "bias"}
+        return
+    left = without_constant(layer)
+    if isinstance(left, Scale) and bool((left.gain == 1).all()):
+        bare = atom
+    else:
+        bare, later = draft.insert(left, atom, like=node), draft.reader.later(node)
+        bare.meta[EXACT] = lambda: without_constant(later())
+    replace_by(draft, node, bare)
+
+
+def _drop_term(draft: Draft, node: fx.Node) -> None:
+    """Leave out a term of a sum that softmaxes lose.
+
+    Law:      softmax(x + c) == softmax(x), if c is constant along the axis of the softmax
+    When:     the term is a finite constant, or a mean, a sum or an extreme of a value, along that axis
+    Refuses:  any other term: it may be infinite, and the row then not a number
+    Source:   Fu et al. 2019, Dual Attention Network, section 3.3, whose released code subtracts from a row's maximum
+    """
+    given = arguments_of(node)
+    for term, other in ((given["self"], given["other"]), (given["other"], given["self"])):
+        if not _is_finite(draft.reader, term) or not _is_alone(draft.reader, node, other):
+            continue
+        ends = ends_of(draft.reader, Shift(node, axes_of(term, len(shape_of(node)))))
+        negative = node.target is aten.sub.Tensor and other is given["other"]
+        if not ends or (given["alpha"] != 1 and other is given["other"]):
+            continue
+        for end in ends:
+            draft.forget((*end.changed, *end.proof, *([term] if isinstance(term, fx.Node) else [])))
+        replace_by(draft, node, call(draft, node, aten.neg.default, other) if negative else other)
+        return
+
+
+def _is_finite(reader: Reader, term: Any) -> bool:
+    """Whether a term of a sum is known to be finite where the values are."""
+    if not isinstance(term, fx.Node):
+        return True
+    constant = reader.constant(term)
+    if constant is not None:
+        return bool(torch.isfinite(constant).all())
+    made = term.args[0] if carried(term) is not None and term.target in EXPANDS else term
+    extreme = isinstance(made, fx.Node) and made.target is operator.getitem and made.args[0].target in _EXTREMES
+    return extreme or (isinstance(made, fx.Node) and made.target in _REDUCTIONS)
+
+
+def _is_alone(reader: Reader, node: fx.Node, other: Any) -> bool:
+    """Whether a sum is as its other term, but for the values."""
+    if not is_tensor(other) or reader.tensor(other) is not None or shape_of(other) != shape_of(node):
+        return False
+    return bool(other.meta["val"].dtype == node.meta["val"].dtype)

@@ -1,0 +1,101 @@
+"""One layer that was applied to several values which are then added: it can be applied to their sum.
+
+A squeeze of an average and one of a maximum often go through the same small network.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from reptool.affine.operators import Conv, Scale
+from reptool.graph.cost import addition
+from reptool.graph.draft import is_tensor, readers
+from reptool.graph.slides import LAYERS, operator_of
+from reptool.graph.values import arguments_of, shape_of, sizes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from reptool.graph.cost import Cost
+    from reptool.graph.draft import Draft
+
+aten = torch.ops.aten
+
+
+def apply_once(draft: Draft, cost: Cost) -> None:
+    """Apply a layer to a sum of values where it was applied to each of them."""
+    for node in list(draft.graph.nodes):
+        if node.target is aten.add.Tensor and not _is_inner(node):
+            _apply_once(draft, node, cost)
+
+
+def _apply_once(draft: Draft, total: fx.Node, cost: Cost) -> None:
+    """Apply a layer once to the sum of what it was applied to.
+
+    Law:      (W x + b) + (W y + b) == W (x + y) + 2 b
+    When:     two or more terms have the same weights and geometry, and the estimate does not rise
+    Refuses:  terms that anybody else reads; values of different shapes
+    Source:   Woo et al. 2018, CBAM, equation 2 (its shared network is linear behind the ReLU)
+    """
+    terms = _terms(total)
+    alike = max(([t for t in terms if _key(t) == _key(first)] for first in terms), key=len)
+    if len(alike) < 2 or not _pays(draft, alike, cost):
+        return
+    layer, given = alike[0], arguments_of(alike[0])
+    with draft.graph.inserting_before(total):
+        value = _sum(draft, [term.args[0] for term in alike])
+        once = draft.graph.call_function(layer.target, (value, *layer.args[1:2], None, *layer.args[3:]))  # type: ignore[arg-type]
+        once.meta = dict(layer.meta)
+        bias = draft.reader.constant(given["bias"])
+        if bias is not None:
+            shift = bias * len(alike)
+            axis = 1 if len(shape_of(given["weight"])) > 2 else -1
+            once = draft.insert(Scale(torch.ones_like(shift), shift, axis), once, like=layer)
+    with draft.graph.inserting_before(total):
+        new = _sum(draft, [once, *(term for term in terms if term not in alike)])
+    draft.supersede(total, new)
+
+
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """The terms of a sum, those of sums that nobody else reads included."""
+    found: list[fx.Node] = []
+    for term in node.args[:2]:
+        plain = isinstance(term, fx.Node) and term.target is aten.add.Tensor and _is_inner(term)
+        found += _terms(term) if plain else [term]  # type: ignore[arg-type, list-item]  # see plain
+    return found
+
+
+def _is_inner(node: fx.Node) -> bool:
+    """Whether a plain sum is read by another one alone, of the same shape."""
+    return len(node.users) == 1 and all(_is_plain(n) and shape_of(n) == shape_of(node) for n in (node, *node.users))
+
+
+def _is_plain(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and not node.kwargs and all(is_tensor(a) and shape_of(a) == shape_of(node) for a in node.args)  # type: ignore[arg-type]
+
+
+def _key(term: Any) -> Any:
+    """What makes two terms the same layer on values of the same shape; unlike any other, if it is none."""
+    if not isinstance(term, fx.Node) or term.target not in LAYERS or len(readers(term)) > 1 or term.kwargs:
+        return id(term)
+    return term.target, term.args[1:], shape_of(term.args[0])  # type: ignore[arg-type]  # a layer's value
+
+
+def _pays(draft: Draft, alike: Sequence[fx.Node], cost: Cost) -> bool:
+    read = operator_of(draft.reader, alike[0])
+    if read is None or not isinstance(read[1], Conv):
+        return False
+    before, after = sizes_of(read[0]), sizes_of(alike[0])
+    return addition(before) <= addition(after) + cost(read[1], before, after)
+
+
+def _sum(draft: Draft, values: list[Any]) -> fx.Node:
+    total: fx.Node = values[0]
+    for value in values[1:]:
+        meta = dict(total.meta)
+        total = draft.graph.call_function(aten.add.Tensor, (total, value))
+        total.meta = meta
+    return total
