@@ -230,5 +230,5 @@ def _kept_apart(plan: Plan) -> tuple[tuple[str, str], ...]:
 
 def _opaque(plan: Plan) -> dict[str, int]:
     """How many nodes of each kind stayed as they were because they are not affine."""
-    kinds = Counter(str(n.target) for n in plan.opaque if n.op == "call_function")
+    kinds = Counter(str(n.target) for n in plan.opaque if isinstance(n.target, OpOverload))
     return dict(kinds)

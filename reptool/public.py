@@ -94,17 +94,22 @@ def verify(
             )
     if not example_inputs:
         raise InputError("there are 0 example inputs", do="pass at least one")
+    _require_eval("reference", reference)
     run, null_model, name = _candidate(reference, candidate, example_inputs)
-    for role, module in (("reference", reference), ("candidate", run)):
-        if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
-            raise InputError(
-                f"the {role} is in training mode",
-                at=type(module).__name__,
-                why="its dropout and norms would act as in training",
-                do="call model.eval() first",
-            )
+    _require_eval("candidate", run)
     sizes = [tuple((len(x) + more, *x.shape[1:]) for x in example_inputs) for more in (0, 1)]
     return Verdict(end_to_end=tuple(verify_models(reference, run, sizes, null_model, name=name)))
+
+
+def _require_eval(role: str, module: object) -> None:
+    """Refuse a module that has a part in training mode."""
+    if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
+        raise InputError(
+            f"the {role} is in training mode",
+            at=type(module).__name__,
+            why="its dropout and norms would act as in training",
+            do="call model.eval() first",
+        )
 
 
 def _candidate(
@@ -117,7 +122,7 @@ def _candidate(
     if Path(candidate).suffix != ".onnx":
         module = load(candidate)
         return module, module, Path(candidate).suffix.lstrip(".")
-    from reptool.formats.runners import onnx_runner  # noqa: PLC0415  # onnxruntime is optional
+    from reptool.formats.runners import in_structure, onnx_runner  # noqa: PLC0415  # onnxruntime is optional
 
     try:
         run = onnx_runner(candidate)
@@ -126,4 +131,4 @@ def _candidate(
     except Exception as error:
         why = (str(error).splitlines() or [""])[0]
         raise InputError(f"onnxruntime cannot open {Path(candidate).name}", at=str(candidate), why=why) from error
-    return run, fuse(reference, example_inputs), "onnx"
+    return in_structure(run, reference, example_inputs), fuse(reference, example_inputs), "onnx"

@@ -52,6 +52,8 @@ def build_own(read: Checkpoint, model: str) -> nn.Module:
         found = _misfit(form.state_dict(), read.tensors)
         if not found:
             form.load_state_dict(read.tensors, strict=True)
+            if form is not network and hasattr(network, "example_inputs"):
+                form.example_inputs = network.example_inputs  # it takes what the network takes
             return form
         misfit = misfit or found
     raise InputError(

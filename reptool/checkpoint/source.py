@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reptool._version import __version__
 from reptool.checkpoint.load import module_of, takes
-from reptool.checkpoint.own import build_own, is_own
+from reptool.checkpoint.own import build_own, is_own, own_inputs
 from reptool.checkpoint.read import read_checkpoint
 from reptool.errors import InputError
 from reptool.fusion import fuse
@@ -30,7 +30,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A module to export; ``reference`` is what it is verified against."""
+    """A module to export; ``reference`` is what it is verified against, ``inputs`` what a network of one's own takes."""
 
     module: nn.Module
     reference: nn.Module
@@ -41,14 +41,16 @@ class Source:
     std: tuple[float, ...] = IMAGENET[1]
     notices: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs: tuple[Tensor, ...] = ()
 
     def example(self) -> tuple[Tensor, ...]:
-        """One input.
+        """One input, or one for each argument.
 
-        Shapes:  (2, channels, h, w)
+        Shapes:  (2, channels, h, w), or those of ``inputs``
         """
         generator = torch.Generator().manual_seed(0)
-        return (torch.randn(2, self.channels, *self.size, generator=generator),)
+        shapes = [tuple(x.shape) for x in self.inputs] or [(2, self.channels, *self.size)]
+        return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
 
 
 def open_source(
@@ -67,17 +69,19 @@ def open_source(
     if model is not None and is_own(model):
         module: nn.Module = build_own(read, model)
         name, arguments, form, extra = model, {}, "training", {}
+        inputs = own_inputs(module, model, size)
     else:
         module, found = module_of(read, model, eps=eps, tidy=False)
         shape = size or card(found.model).input[1:]
         name, arguments, form = found.model, found.arguments, found.form
         extra = _preprocessing(found)
-    if size is not None or name not in list_models():
-        _require_size(module, name, shape)
+        if size is not None:
+            _require_size(module, name, shape)
+        inputs = (torch.zeros(2, 3, *_small(module, shape)),)
     module, notices = _float32(module)
     given = module
     if form == "training" and not training_form:
-        module = fuse(module, (torch.zeros(2, 3, *_small(module, shape)),))
+        module = fuse(module, tuple(x.float() if x.is_floating_point() else x for x in inputs))
     reference = given if form == "training" else module
     if against:
         reference = _float32(_original(against, model, eps))[0]
@@ -91,7 +95,9 @@ def open_source(
     if "num_classes" in arguments:
         metadata["reptool.num_classes"] = str(arguments["num_classes"])
     seconds = {"load and fuse": time.perf_counter() - start}
-    return Source(module, reference, shape, 3, metadata, notices=(*read.notices, *notices), seconds=seconds, **extra)
+    own = inputs if name not in list_models() else ()
+    notices = (*read.notices, *notices)
+    return Source(module, reference, shape, 3, metadata, notices=notices, seconds=seconds, inputs=own, **extra)
 
 
 def _preprocessing(found: Recognition) -> dict[str, Any]:

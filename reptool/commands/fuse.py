@@ -142,7 +142,9 @@ def _fuse_own(read: Checkpoint, model: str, target: Path, eps: float | None, opt
     console.table(("fused", ""), [("file", f"{target}  ({console.size(target.stat().st_size)})")])
     click.echo(report.summary())
     click.echo(verdict.summary())
-    console.next_command(f"reptool export {read.path} -m {model} --format onnx")
+    size = options["img_size"]
+    given = f" --img-size {size[0]}x{size[1]}" if size else ""
+    console.next_command(f"reptool export {read.path} -m {model} --format onnx{given}")
 
 
 def _counts(kinds: dict[str, int]) -> str:

@@ -41,15 +41,22 @@ def verify(
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.source import open_source  # noqa: PLC0415
     from reptool.errors import InconclusiveError, NotEquivalentError  # noqa: PLC0415
+    from reptool.formats.runners import in_structure  # noqa: PLC0415
     from reptool.proof.endtoend import verify_models  # noqa: PLC0415
     from reptool.proof.verdict import Verdict  # noqa: PLC0415
 
     reference = open_source(a, model, img_size, eps=eps)
-    candidate, own_noise, fixed = _candidate(b, model, eps)
+    example = reference.example()
+    images = len(example) == 1 and example[0].dim() == 4
+    candidate, own_noise, fixed = _candidate(b, model, eps, images=images)
+    if not images:
+        sizes: list[Any] = [tuple((len(x) + more, *x.shape[1:]) for x in example) for more in (0, 1)]
+    else:
+        sizes = _sizes(reference.reference, img_size, fixed)
     checks = verify_models(
         reference.reference,
-        candidate,
-        _sizes(reference.reference, img_size, fixed),
+        in_structure(candidate, reference.reference, example),
+        sizes,
         own_noise or reference.module,
         name=b.suffix.lstrip("."),
     )
@@ -70,13 +77,16 @@ def verify(
         )
 
 
-def _candidate(path: Path, model: str | None, eps: float | None) -> tuple[Callable[..., Any], nn.Module | None, Shape]:
+def _candidate(
+    path: Path, model: str | None, eps: float | None, *, images: bool
+) -> tuple[Callable[..., Any], nn.Module | None, Shape]:
     """What to run for B; the network whose noise is the measure, if B is one; the shape it asks for, None where free."""
     if path.suffix == ".onnx":
         from reptool.formats.runners import onnx_runner  # noqa: PLC0415
         from reptool.runtime import open_model  # noqa: PLC0415
 
-        batch, _, height, width = open_model(path).input_shape or (None,) * 4
+        fixed = open_model(path).input_shape if images else None
+        batch, _, height, width = fixed or (None,) * 4
         return onnx_runner(path), None, (batch, height, width)
     from reptool.checkpoint.load import module_of  # noqa: PLC0415
     from reptool.checkpoint.own import build_own, is_own  # noqa: PLC0415

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from reptool._version import __version__
 from reptool.checkpoint.atomic import atomic_file, check_target
 from reptool.errors import ExportError, InconclusiveError, InputError, NotEquivalentError
 from reptool.formats.onnx import check_options, export_onnx
 from reptool.formats.record import ExportRecord, need, require_eval
-from reptool.formats.runners import onnx_runner, torchscript_runner
+from reptool.formats.runners import in_structure, onnx_runner, torchscript_runner
 from reptool.formats.torchscript import append_extra, export_torchscript, read_extra
 from reptool.formats.wire import DIGEST_KEY, append_metadata, read_metadata, seal
 from reptool.proof.endtoend import enough_inputs, verify_models
@@ -180,14 +180,12 @@ def _candidate(job: _Job, path: Path) -> tuple[Callable[..., Any], int]:
     Its flat outputs come back in the structure that the module gives them.
     """
     runner = onnx_runner(path) if job.format == "onnx" else torchscript_runner(path)
+    example = tuple(x[:1] if job.dynamic != "none" else x for x in job.example)
     with torch.inference_mode():
-        leaves, spec = tree_flatten(job.module(*(x[:1] if job.dynamic != "none" else x for x in job.example)))
-
-    def run(*inputs: Tensor) -> Any:
-        flat, _ = tree_flatten(runner(*inputs))
-        return tree_unflatten(flat, spec) if len(flat) == len(leaves) else flat
-
-    return run, min((leaf.numel() // max(1, len(leaf)) for leaf in leaves), default=1)
+        leaves, _ = tree_flatten(job.module(*example))
+    return in_structure(runner, job.module, example), min(
+        (leaf.numel() // max(1, len(leaf)) for leaf in leaves), default=1
+    )
 
 
 def _sizes(job: _Job, count: int) -> list[tuple[tuple[int, ...], ...]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from reptool.formats.record import need
 from reptool.graph.capture import quiet
@@ -48,3 +49,17 @@ def torchscript_runner(path: str | Path) -> Callable[..., Any]:
             return module(*inputs)
 
     return run
+
+
+def in_structure(run: Callable[..., Any], module: nn.Module, example: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """A runner whose flat outputs come back in the structure that a module gives them."""
+    if isinstance(run, nn.Module):
+        return run
+    with torch.inference_mode():
+        leaves, spec = tree_flatten(module(*example))
+
+    def structured(*inputs: Tensor) -> Any:
+        flat, _ = tree_flatten(run(*inputs))
+        return tree_unflatten(flat, spec) if len(flat) == len(leaves) else flat
+
+    return structured

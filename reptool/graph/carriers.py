@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import fx
 
@@ -56,7 +56,7 @@ def axis_after(node: fx.Node, axis: int) -> int | None:
     value = carried(node)
     if value is None or not 0 <= axis < len(shape_of(value)):
         return None
-    return _MOVES[node.target](node, value, axis)  # type: ignore[index]
+    return _MOVES[node.target](node, value, axis)
 
 
 def axis_before(node: fx.Node, axis: int) -> int | None:
@@ -108,7 +108,8 @@ def _copied(node: fx.Node, _value: fx.Node, axis: int) -> int | None:
 
 def _permuted(node: fx.Node, value: fx.Node, axis: int) -> int | None:
     rank = len(shape_of(value))
-    return [d % rank for d in node.args[1]].index(axis)  # type: ignore[union-attr]
+    order: Any = node.args[1]
+    return [int(d % rank) for d in order].index(axis)
 
 
 def _transposed(node: fx.Node, value: fx.Node, axis: int) -> int | None:

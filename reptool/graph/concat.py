@@ -84,15 +84,15 @@ def _takes(reader: Reader, value: fx.Node, user: fx.Node, scale: Scale) -> bool:
         return False
     joined = parts_of(value)
     if joined is None:
-        return _folds(reader, value, scale)
+        return folds(reader, value, scale)
     parts, axis = joined
     return axis == scale.axis % len(shape_of(value)) and all(
         _takes(reader, part, value, piece) for part, piece in zip(parts, _pieces(scale, parts, axis), strict=True)
     )
 
 
-def _folds(reader: Reader, value: fx.Node, scale: Scale) -> bool:
-    """Whether each term of a value is a convolution or a scale, and takes this one."""
+def folds(reader: Reader, value: fx.Node, scale: Scale) -> bool:
+    """Whether each term of a value is a convolution or a scale, and takes this scale."""
     form = reader(value) if value not in reader.state else Refusal("it is a weight")
     if isinstance(form, Refusal):
         return False
@@ -102,7 +102,7 @@ def _folds(reader: Reader, value: fx.Node, scale: Scale) -> bool:
 def _folds_in(reader: Reader, term: Term, value: fx.Node, scale: Scale) -> bool:
     if isinstance(term.operator, Identity):
         atom = term.atom
-        return isinstance(atom, fx.Node) and sole_reader(atom, value) and _folds(reader, atom, scale)
+        return isinstance(atom, fx.Node) and sole_reader(atom, value) and folds(reader, atom, scale)
     folded = compose(outline(term.operator), outline(scale))
     return isinstance(term.operator, Conv | ConvTranspose | Scale) and not isinstance(folded, Refusal)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reptool.graph.capture import Captured
 
 
-def apply(x: Any, /) -> Any:
+def apply(_: Any, /) -> Any:
     """What a draft's own nodes call; they are read by their operator, and never run."""
     raise AssertionError("a draft is not run; please report this")
 

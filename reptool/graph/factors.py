@@ -63,8 +63,10 @@ def _hand_back(draft: Draft, node: fx.Node, value: fx.Node, factor: float) -> No
         return
     axis = _axis(draft.reader, way.source)
     channels = shape_of(way.source)[axis]
-    own = _own(way, axis) if way.shared else (slice(None), way.moves)
-    if own is None or not isinstance(channels, int):
+    if not isinstance(channels, int):
+        return
+    own = _own(way, axis, channels) if way.shared else (torch.ones(channels, dtype=torch.bool), way.moves)
+    if own is None:
         return
     gain = torch.ones(channels, dtype=torch.float64)
     gain[own[0]] = factor
@@ -133,21 +135,27 @@ def _through(reader: Reader, product: fx.Node, behind: list[fx.Node]) -> _Way | 
     return replace(ways[0], behind=tuple(behind)) if ways else None
 
 
-def _own(way: _Way, axis: int) -> tuple[Tensor, tuple[fx.Node, ...]] | None:
-    """The source's channels on a way and the nodes that hold any of them; None if they are also read elsewhere."""
+def _own(way: _Way, axis: int, channels: int) -> tuple[Tensor, tuple[fx.Node, ...]] | None:
+    """Which of the source's channels are on a way, and the nodes that hold any of them; None if others read them too."""
     if any(moved_from(node) is None for node in way.moves):
         return None
     numbers = numbered(way.source, axis)
-    own = run_moves(way.moves[::-1], numbers).unique()
+    own = _among(run_moves(way.moves[::-1], numbers), channels)
     stack, held = [(way.source, numbers)], []
+    last = way.moves[0] if way.moves else way.source
     while stack:
         node, numbers = stack.pop()
-        if not torch.isin(own, numbers).any():
+        if not bool((own & _among(numbers, channels)).any()):
             continue
         onward = moves_of(node)
         others = [u for u in readers(node) if u not in onward and u.target not in PARTINGS]
-        if len(others) > (node is (way.moves or (way.source,))[0]):
+        if len(others) > (node is last):
             return None
         held.append(node)
         stack += [(move, run_move(move, numbers)) for move in onward]
     return own, tuple(held[1:])
+
+
+def _among(numbers: Tensor, channels: int) -> Tensor:
+    """Which numbers there are."""
+    return torch.zeros(channels, dtype=torch.bool).index_fill_(0, numbers.flatten(), 1)

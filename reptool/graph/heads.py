@@ -117,10 +117,10 @@ def _merge_result(draft: Draft, product: fx.Node, cost: Cost) -> None:
         return
     end, result, places = found
     heads, depth = values.channels.shape
-    few, many = sizes_of(values.tokens)[:2], sizes_of(result.value)[:2]
-    before = _work(cost, few, values.width, heads * depth) + _work(cost, many, heads * depth, result.outline.out_channels)
+    few, many, out = sizes_of(values.tokens)[:2], sizes_of(result.value)[:2], result.outline.out_channels
+    before = _work(cost, few, values.width, heads * depth) + _work(cost, many, heads * depth, out)
     before += _work(cost, (many[0], heads * many[1]), few[1], depth)
-    after = _work(cost, many, heads * values.width, result.outline.out_channels)
+    after = _work(cost, many, heads * values.width, out)
     after += _work(cost, (many[0], heads * many[1]), few[1], values.width)
     if depth < values.width or after > before:
         return
@@ -129,7 +129,7 @@ def _merge_result(draft: Draft, product: fx.Node, cost: Cost) -> None:
     averages = call(draft, product, aten.matmul.default, rows, values.tokens)
     split = call(draft, product, aten.unflatten.int, averages, 1, [-1, heads])
     joined = call(draft, product, aten.flatten.using_ints, split, 2, 3)
-    made = draft.insert(_outline(result.outline, result.outline.out_channels, heads * values.width), joined, like=end)
+    made = draft.insert(_outline(result.outline, out, heads * values.width), joined, like=end)
     made.meta[EXACT] = lambda: _result_layer(values, result, places)
     draft.supersede(end, made)
 
@@ -200,7 +200,8 @@ def _gathered(draft: Draft, product: fx.Node) -> tuple[fx.Node, _Layer, Tensor] 
     wanted = torch.arange(batch * heads * many * depth).view(batch, heads, many, depth)
     first = places[0, 0]
     head, place = first // (many * depth), first % (many * depth)
-    if bool((place >= depth).any()) or not torch.equal(places, wanted[:, head, :, place].permute(1, 2, 0)):
+    inside = bool((head < heads).all()) and bool((place < depth).all())
+    if not inside or not torch.equal(places, wanted[:, head, :, place].permute(1, 2, 0)):
         return None
     return *read, torch.empty(heads, depth, dtype=torch.long).index_put((head, place), torch.arange(heads * depth))
 

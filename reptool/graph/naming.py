@@ -74,7 +74,12 @@ class _Taken:
 
     def _free(self, name: str, base: str) -> bool:
         inside = any(prefix in self.used for prefix in _prefixes(name))
-        return name not in self.used and (name == base or name not in self.everything) and not inside and name not in self.above
+        return (
+            name not in self.used
+            and (name == base or name not in self.everything)
+            and not inside
+            and name not in self.above
+        )
 
 
 def _prefixes(name: str) -> Iterator[str]:

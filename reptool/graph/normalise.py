@@ -192,7 +192,8 @@ class _Rewriter:
 
     def _macs(self, form: Form, shape: tuple[int, ...]) -> int:
         """Multiply-accumulates of a form at the example's sizes."""
-        return sum(macs(t.operator, sizes_of(t.atom), shape) for t in form.terms)  # type: ignore[arg-type]
+        counts: list[int] = [macs(t.operator, sizes_of(t.atom), shape) for t in form.terms]  # type: ignore[arg-type]
+        return sum(counts)
 
     def _worth(self, shape: tuple[int, ...]) -> _Worth:
         return _Worth(self.cost, shape)

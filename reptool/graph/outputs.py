@@ -37,7 +37,9 @@ def _one(returned: Any, key: Any) -> Any:
     try:
         return returned[key]
     except (KeyError, IndexError, TypeError) as error:
-        known = list(returned) if isinstance(returned, Mapping) else f"0 to {len(returned) - 1}" if _many(returned) else 0
+        known = (
+            list(returned) if isinstance(returned, Mapping) else f"0 to {len(returned) - 1}" if _many(returned) else 0
+        )
         raise CaptureError(
             f"the model has no output {key!r}",
             why=f"it returns {_kind(returned)}",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _SIZED = (aten.view.default, aten.reshape.default)
 _END = 2**62
+_Moves = tuple[tuple[Any, tuple[Any, ...]], ...]
+"""Operators that move a value, each with its other arguments."""
 
 
 def choose_by_sigmoid(draft: Draft) -> None:
@@ -75,7 +77,7 @@ class _Choice:
 
     branches: tuple[fx.Node, fx.Node]
     result: fx.Node
-    moves: tuple[tuple[Any, tuple[Any, ...]], ...] = ()
+    moves: _Moves = ()
     totals: tuple[fx.Node, ...] = ()
 
 
@@ -120,17 +122,18 @@ def _sums(node: fx.Node, axis: int) -> bool:
 def _picked(softmax: fx.Node) -> _Choice | None:
     """Each weight is picked, multiplied with one value, and the products are added."""
     axis = arguments_of(softmax)["dim"] % len(shape_of(softmax))
-    ways = [way for pick in _picks(softmax) if (way := _to_product(pick, axis)) is not None]
-    if len(ways) != 2 or len(_picks(softmax)) != 2:
+    found = [_weighed(pick, axis) for pick in _picks(softmax)]
+    weighed = sorted((w for w in found if w is not None), key=lambda w: w.index)
+    if len(found) != 2 or [w.index for w in weighed] != [0, 1]:
         return None
-    (first, moves, one), (second, others, other) = sorted(ways, key=operator.itemgetter(0))
-    result = {_only(product, aten.add.Tensor) for product in (one[0], other[0])}
-    same = (first, second) == (0, 1) and moves == others and shape_of(one[1]) == shape_of(other[1])
-    total = result.pop()
-    if not same or result or total is None or arguments_of(total)["alpha"] != 1 or one[0] is other[0]:
+    one, other = weighed
+    total = _only(one.product, aten.add.Tensor)
+    if total is None or total is not _only(other.product, aten.add.Tensor) or arguments_of(total)["alpha"] != 1:
         return None
-    fits = all(shape_of(product) == shape_of(branch) for product, branch in (one, other))
-    return _Choice((one[1], other[1]), total, moves) if fits else None
+    alike = all(shape_of(node) == shape_of(total) for w in weighed for node in (w.product, w.branch))
+    if one.moves != other.moves or one.product is other.product or not alike:
+        return None
+    return _Choice((one.branch, other.branch), total, one.moves)
 
 
 def _picks(node: fx.Node) -> list[fx.Node]:
@@ -151,25 +154,40 @@ def _keeps_all(node: fx.Node) -> bool:
     return not given["start"] and (given["end"] is None or given["end"] >= _END) and given["step"] == 1
 
 
-def _to_product(
-    pick: fx.Node, axis: int
-) -> tuple[int, tuple[tuple[Any, tuple[Any, ...]], ...], tuple[fx.Node, fx.Node]] | None:
-    """Which of the two a part is, the moves from there to a product, the product, and what is multiplied."""
+@dataclass(frozen=True, eq=False)
+class _Weighed:
+    """A branch that is multiplied with one of two weights, and the moves from the bare weight to the product."""
+
+    index: int
+    moves: _Moves
+    product: fx.Node
+    branch: fx.Node
+
+
+def _weighed(pick: fx.Node, axis: int) -> _Weighed | None:
+    """What a weight that was picked multiplies."""
     found = _which(pick, axis)
     if found is None:
         return None
     index, moves = found
     node = pick
     while len(readers(node)) == 1 and (user := readers(node)[0]).target is not aten.mul.Tensor:
-        if not computes_nothing(user) or any(isinstance(a, fx.Node) for a in user.args[1:]) or user.kwargs:
+        if not _is_plain_move(user):
             return None
         moves, node = (*moves, (user.target, user.args[1:])), user
     product = _only(node, aten.mul.Tensor)
     branch = None if product is None else product.args[0] if product.args[1] is node else product.args[1]
-    return (index, moves, (product, branch)) if is_tensor(branch) and branch is not node else None  # type: ignore[return-value]
+    if product is None or not is_tensor(branch) or branch is node:
+        return None
+    return _Weighed(index, moves, product, branch)  # type: ignore[arg-type]  # see is_tensor
 
 
-def _which(pick: fx.Node, axis: int) -> tuple[int, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:
+def _is_plain_move(node: fx.Node) -> bool:
+    """Whether a node moves its first argument, and reads nothing else but sizes."""
+    return computes_nothing(node) and not node.kwargs and not any(is_tensor(a) for a in node.args[1:])
+
+
+def _which(pick: fx.Node, axis: int) -> tuple[int, _Moves] | None:
     """Which of two entries along an axis a node returns, and how to bring one without that axis to its shape."""
     if not is_tensor(pick):
         return None
@@ -208,11 +226,12 @@ def _difference(draft: Draft, softmax: fx.Node) -> fx.Node | None:
 def _of_pair(draft: Draft, softmax: fx.Node, one: fx.Node, other: fx.Node) -> fx.Node:
     """The difference of two values, taken in front of what both move alike, where layers may be waiting."""
     moves: list[tuple[Any, tuple[Any, ...]]] = []
-    while computes_nothing(one) and (one.target, one.args[1:], one.kwargs) == (other.target, other.args[1:], other.kwargs):
-        if len(readers(one)) > 1 or len(readers(other)) > 1 or one.kwargs:
+    while _is_plain_move(one) and (one.target, one.args[1:]) == (other.target, other.args[1:]) and not other.kwargs:
+        below: list[fx.Node] = [one.args[0], other.args[0]]  # type: ignore[list-item]  # carriers move their first argument
+        if max(len(readers(one)), len(readers(other))) > 1 or shape_of(below[0]) != shape_of(below[1]):
             break
         moves.append((one.target, one.args[1:]))
-        one, other = one.args[0], other.args[0]  # type: ignore[assignment]  # carriers move their first argument
+        one, other = below
     node = call(draft, softmax, aten.sub.Tensor, one, other)
     for target, arguments in reversed(moves):
         node = call(draft, softmax, target, node, *arguments)
@@ -243,7 +262,7 @@ def _of_layer(draft: Draft, softmax: fx.Node, logits: fx.Node, axis: int) -> fx.
 def _paired(numbers: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """The channels of the first half, for each its partner in the second, and which of them stands where."""
     first, second = numbers.unbind(axis)
-    one, at = first.unique(return_inverse=True)
+    one, at = first.unique(return_inverse=True)  # type: ignore[no-untyped-call]  # a tensor's method
     other = torch.empty_like(one)
     other[at.flatten()] = second.flatten()
     return (one, other, at) if torch.equal(other[at], second) else None

@@ -29,14 +29,21 @@ def is_elementwise(node: fx.Node) -> bool:
     return node.target in _ELEMENTWISE and _reads_one(node)
 
 
+def is_pool(node: fx.Node) -> bool:
+    """Whether a node is the maximum over a window of each channel, of axis 1."""
+    return node.target in _POOLS and _reads_one(node) and node.meta["val"].dim() > 2
+
+
 def is_channelwise(node: fx.Node) -> bool:
     """Whether a node maps every channel, of axis 1, by the same function."""
-    return is_elementwise(node) or (node.target in _POOLS and _reads_one(node) and node.meta["val"].dim() > 2)
+    return is_elementwise(node) or is_pool(node)
 
 
 def commutes_with_gain(node: fx.Node) -> bool:
-    """Whether a positive factor per channel, of axis 1, may be put in front of a node instead of behind it."""
-    return is_channelwise(node) and (node.target in _SCALED or node.target in _POOLS)
+    """Whether a positive factor per channel may be put in front of a node instead of behind it."""
+    if node.target is aten.prelu.default:
+        return is_tensor(node) and node.args[0] is not node.args[1]
+    return is_pool(node) or (node.target in _SCALED and is_elementwise(node))
 
 
 def _reads_one(node: fx.Node) -> bool:

@@ -58,9 +58,8 @@ def choices(region: Between, module: nn.Module) -> list[tuple[Sizes, list[tuple[
     batches = {s[0].node.expr: 2 for s in shapes if s and hasattr(s[0], "node") and s[0].node.expr.is_Symbol}
     small = _small(region, shapes, module)
     tries = [] if small is None else [(Sizes(), small)]
-    for sizes in (Sizes(batches), Sizes()):
-        tries.append((sizes, [tuple(int(sizes(s)) for s in shape) for shape in shapes]))
-    return tries
+    known = (Sizes(batches), Sizes())
+    return [*tries, *((sizes, [tuple(int(sizes(s)) for s in shape) for shape in shapes]) for sizes in known)]
 
 
 def _small(region: Between, shapes: list[Shape], module: nn.Module) -> list[tuple[int, ...]] | None:
@@ -91,10 +90,10 @@ def _extent(node: fx.Node, module: nn.Module) -> int:
     layer = module.get_submodule(str(node.target))
     if isinstance(layer, _CONVS):
         geometry: list[Any] = [layer.kernel_size, layer.dilation, layer.stride]
-        return max(2 * (d * (k - 1) + 1) + s for k, d, s in zip(*geometry, strict=True))
+        return max(int(2 * (d * (k - 1) + 1) + s) for k, d, s in zip(*geometry, strict=True))
     if isinstance(layer, _TRANSPOSED):
         cut: list[Any] = [layer.padding, layer.stride]
-        return max(3 + 2 * (p // s + 1) for p, s in zip(*cut, strict=True))
+        return max(int(3 + 2 * (p // s + 1)) for p, s in zip(*cut, strict=True))
     if isinstance(layer, _POOLS):
         numbers = [n for n in (layer.kernel_size, layer.stride) for n in (n if isinstance(n, tuple) else (n,))]
         return 3 * max(numbers)

@@ -52,7 +52,9 @@ def regions(draft: Draft, emitted: Emitted) -> list[Between]:
         if written is not None and origin is not None and is_tensor(node):
             pairs.setdefault(written, origin)
     cutter = _Cutter(Weights(draft.original.state), pairs, emitted, draft.original.graph)
-    changed = [n for n in draft.graph.nodes if n in emitted.written and n in draft.origin and _is_changed(n, draft, emitted)]
+    changed = [
+        n for n in draft.graph.nodes if n in emitted.written and n in draft.origin and _is_changed(n, draft, emitted)
+    ]
     return [cutter.between(draft.origin[n], emitted.written[n], emitted.names.get(n)) for n in changed]
 
 
@@ -64,7 +66,9 @@ def _is_changed(node: fx.Node, draft: Draft, emitted: Emitted) -> bool:
         return True
     origin = draft.origin[node]
     same = node.target is origin.target and len(node.all_input_nodes) == len(origin.all_input_nodes)
-    return not same or any(draft.origin.get(a) is not b for a, b in zip(node.all_input_nodes, origin.all_input_nodes, strict=False))
+    return not same or any(
+        draft.origin.get(a) is not b for a, b in zip(node.all_input_nodes, origin.all_input_nodes, strict=False)
+    )
 
 
 class _Cutter:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from reptool.graph.concat import scale_branches
 from reptool.graph.edits import tidy
 from reptool.graph.factors import hand_factors_back
+from reptool.graph.flattening import flatten_scales
+from reptool.graph.gains import hand_gains_back
 from reptool.graph.heads import merge_heads
 from reptool.graph.pairs import choose_by_sigmoid
 from reptool.graph.permutations import absorb_permutations
@@ -15,6 +17,7 @@ from reptool.graph.softmax import drop_constants
 from reptool.graph.spread import spread
 from reptool.graph.stacks import stack_branches
 from reptool.graph.sums import apply_once
+from reptool.graph.windows import flatten_windows
 
 if TYPE_CHECKING:
     from reptool.graph.cost import Cost
@@ -30,6 +33,9 @@ def revise(draft: Draft, cost: Cost) -> None:
     absorb_permutations(draft)
     scale_branches(draft)
     stack_branches(draft, cost)
+    hand_gains_back(draft)
+    flatten_windows(draft, cost)
+    flatten_scales(draft)
     apply_once(draft, cost)
     choose_by_sigmoid(draft)
     hand_factors_back(draft)
@@ -38,4 +44,3 @@ def revise(draft: Draft, cost: Cost) -> None:
     drop_constants(draft)
     merge_heads(draft, cost)
     tidy(draft)
-

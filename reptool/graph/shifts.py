@@ -206,9 +206,10 @@ def _summed(reader: Reader, user: fx.Node, position: int, shift: Shift) -> froze
 
 def _hides(reader: Reader, user: fx.Node) -> bool:
     """Whether entries known beforehand are masked with minus infinity, which no shift changes."""
-    value = user.args[2]
+    given = arguments_of(user)
+    value = given["value"]
     value = reader.tensor(value) if isinstance(value, fx.Node) else value
-    return reader.tensor(user.args[1]) is not None and value is not None and float(value) == -inf  # type: ignore[arg-type]
+    return reader.tensor(given["mask"]) is not None and value is not None and float(value) == -inf
 
 
 def _multiplied(_reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:

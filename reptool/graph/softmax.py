@@ -13,7 +13,6 @@ from torch import fx
 
 from reptool.affine.form import without_constant
 from reptool.affine.operators import Conv, Scale
-from reptool.graph.carriers import carried
 from reptool.graph.draft import is_tensor
 from reptool.graph.edits import call, replace_by
 from reptool.graph.moves import numbered
@@ -30,8 +29,10 @@ if TYPE_CHECKING:
     from reptool.graph.shifts import End
 
 aten = torch.ops.aten
-_EXTREMES = (aten.max.dim, aten.min.dim)
-_REDUCTIONS = (aten.amax.default, aten.amin.default, aten.mean.dim, aten.sum.dim_IntList)
+_REDUCTIONS: tuple[Any, ...] = (
+    *(aten.max.dim, aten.min.dim, aten.amax.default, aten.amin.default),
+    *(aten.mean.dim, aten.sum.dim_IntList),
+)
 
 
 def drop_constants(draft: Draft) -> None:
@@ -99,7 +100,10 @@ def _without_constant(draft: Draft, node: fx.Node, read: tuple[fx.Node, Operator
     """Take the constant from a node: from its arguments if it is a layer, or else with the node."""
     atom, layer = read
     if node.target in LAYERS:
-        node.args, node.kwargs = (*node.args[:2], None, *node.args[3:]), {k: v for k, v in node.kwargs.items() if k != "bias"}
+        node.args, node.kwargs = (
+            (*node.args[:2], None, *node.args[3:]),
+            {k: v for k, v in node.kwargs.items() if k != "bias"},
+        )
         return
     left = without_constant(layer)
     if isinstance(left, Scale) and bool((left.gain == 1).all()):
@@ -139,9 +143,9 @@ def _is_finite(reader: Reader, term: Any) -> bool:
     constant = reader.constant(term)
     if constant is not None:
         return bool(torch.isfinite(constant).all())
-    made = term.args[0] if carried(term) is not None and term.target in EXPANDS else term
-    extreme = isinstance(made, fx.Node) and made.target is operator.getitem and made.args[0].target in _EXTREMES
-    return extreme or (isinstance(made, fx.Node) and made.target in _REDUCTIONS)
+    made: Any = term.args[0] if term.target in EXPANDS else term
+    made = made.args[0] if made.target is operator.getitem else made
+    return made.target in _REDUCTIONS
 
 
 def _is_alone(reader: Reader, node: fx.Node, other: Any) -> bool:

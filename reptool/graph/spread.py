@@ -7,9 +7,10 @@ that can take it, each takes its own copy, and nothing is left of it; where one 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from reptool.affine.form import compose, outline
 from reptool.affine.operators import Conv, Refusal, Scale
@@ -18,8 +19,6 @@ from reptool.graph.slides import operator_of
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from reptool.graph.draft import Draft
     from reptool.graph.read import Reader
 
@@ -67,7 +66,7 @@ def _affine_part(reader: Reader, node: fx.Node) -> Scale | None:
     weight, bias = reader.constant(given["weight"]), reader.constant(given.get("bias"))
     if weight is None or weight.dim() != 1 or (bias is None and given.get("bias") is not None):
         return None
-    return Scale(weight, bias, _NORMS[node.target])  # type: ignore[index]
+    return Scale(weight, bias, _NORMS[node.target])
 
 
 def _ways(node: fx.Node, scale: Scale, passed: tuple[fx.Node, ...]) -> list[_Way]:
@@ -104,9 +103,11 @@ def _without_affine_part(draft: Draft, reader: Reader, node: fx.Node) -> fx.Node
         found = operator_of(reader, node)
         assert found is not None  # noqa: S101  # it has an affine part
         return found[0]
-    plain: dict[str, Any] = {k: None if k in {"weight", "bias"} else v for k, v in arguments_of(node).items()}
+    given = arguments_of(node)
+    weights = {given["weight"], given.get("bias")} - {None}
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: None if n in weights else n)
     with draft.graph.inserting_before(node):
-        bare = draft.graph.call_function(node.target, (plain.pop("input"),), plain)  # type: ignore[arg-type]
+        bare = draft.graph.call_function(node.target, args, kwargs)
     bare.meta = dict(node.meta)
     return bare
 

@@ -36,7 +36,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class _Branch:
+class Branch:
     """An operator over an atom: its outline, how to make it with its values, and its result's shape in the example."""
 
     atom: fx.Node
@@ -47,6 +47,13 @@ class _Branch:
     def price(self, cost: Cost) -> float:
         """What it costs by itself."""
         return cost(self.operator, sizes_of(self.atom), self.shape)
+
+    def then(self, operator: Operator, exact: Callable[[], Operator], shape: Shape | None = None) -> Branch | None:
+        """With an operator behind it, and perhaps another shape; None where no law makes them one."""
+        made = compose(self.operator, operator)
+        if isinstance(made, Refusal):
+            return None
+        return Branch(self.atom, made, lambda: demand(compose(self.exact(), exact())), shape or self.shape)
 
 
 def stack_branches(draft: Draft, cost: Cost) -> None:
@@ -59,7 +66,7 @@ def stack_branches(draft: Draft, cost: Cost) -> None:
             _part(draft, node, cost)
 
 
-def _branch(reader: Reader, node: fx.Node, user: fx.Node) -> _Branch | None:
+def _branch(reader: Reader, node: fx.Node, user: fx.Node) -> Branch | None:
     """A convolution, and scales behind it, that one node alone reads."""
     read = operator_of(reader, node) if sole_reader(node, user) else None
     if read is None or not isinstance(read[1], Conv | Scale):
@@ -67,27 +74,20 @@ def _branch(reader: Reader, node: fx.Node, user: fx.Node) -> _Branch | None:
     atom, operator = read
     exact = reader.later(node)
     if isinstance(operator, Conv):
-        return _Branch(atom, outline(operator), exact, sizes_of(node))
+        return Branch(atom, outline(operator), exact, sizes_of(node))
     inner = _branch(reader, atom, node)
-    return None if inner is None else _then(inner, outline(operator), exact, sizes_of(node))
+    return None if inner is None else inner.then(outline(operator), exact)
 
 
-def _then(first: _Branch, operator: Operator, exact: Callable[[], Operator], shape: Shape) -> _Branch | None:
-    """A branch and an operator behind it as one branch."""
-    made = compose(first.operator, operator)
-    if isinstance(made, Refusal):
-        return None
-    return _Branch(first.atom, made, lambda: _demand(compose(first.exact(), exact())), shape)
-
-
-def _demand(operator: Operator | Refusal) -> Operator:
+def demand(operator: Operator | Refusal) -> Operator:
     """An operator that was allowed for its shape."""
     if isinstance(operator, Refusal):
         raise AssertionError(f"a rule refused values where it allowed shapes: {operator.reason}; please report this")
     return operator
 
 
-def _insert(draft: Draft, branch: _Branch, like: fx.Node) -> fx.Node:
+def insert(draft: Draft, branch: Branch, like: fx.Node) -> fx.Node:
+    """The node of a branch; its values are worked out when it is written."""
     made = draft.insert(branch.operator, branch.atom, like=like)
     made.meta[EXACT] = branch.exact
     return made
@@ -117,7 +117,7 @@ def _stack(draft: Draft, node: fx.Node, cost: Cost) -> None:
     draft.prune(parts)
 
 
-def _candidate(reader: Reader, part: fx.Node, node: fx.Node, axis: int) -> tuple[_Branch, fx.Node | None] | None:
+def _candidate(reader: Reader, part: fx.Node, node: fx.Node, axis: int) -> tuple[Branch, fx.Node | None] | None:
     """The convolution that a concatenated value is, and the elementwise function between, if any."""
     between = part if is_elementwise(part) and sole_reader(part, node) else None
     branch = _branch(reader, part, node) if between is None else _branch(reader, between.all_input_nodes[0], between)
@@ -127,10 +127,10 @@ def _candidate(reader: Reader, part: fx.Node, node: fx.Node, axis: int) -> tuple
 
 
 def _runs(
-    found: list[tuple[_Branch, fx.Node | None] | None], axis: int, cost: Cost
-) -> list[tuple[list[int], _Branch | None]]:
+    found: list[tuple[Branch, fx.Node | None] | None], axis: int, cost: Cost
+) -> list[tuple[list[int], Branch | None]]:
     """Neighbours that are worth being one, and that one."""
-    runs: list[tuple[list[int], _Branch | None]] = []
+    runs: list[tuple[list[int], Branch | None]] = []
     for place, candidate in enumerate(found):
         branch = None if candidate is None else candidate[0]
         before = runs[-1] if runs else ([], None)
@@ -152,18 +152,18 @@ def _alike(one: fx.Node | None, other: fx.Node | None) -> bool:
     return (one.target, one.args[1:], one.kwargs) == (other.target, other.args[1:], other.kwargs)
 
 
-def _stacked(one: _Branch, other: _Branch, axis: int) -> _Branch | None:
+def _stacked(one: Branch, other: Branch, axis: int) -> Branch | None:
     """Two branches of the same value as one that gives the channels of both."""
     made = stack_convs(one.operator, other.operator) if one.atom is other.atom else None  # type: ignore[arg-type]  # see _candidate
     if made is None or isinstance(made, Refusal):
         return None
     shape = tuple(s + other.shape[a] if a == axis else s for a, s in enumerate(one.shape))
-    return _Branch(one.atom, made, lambda: _demand(stack_convs(one.exact(), other.exact())), shape)  # type: ignore[arg-type]
+    return Branch(one.atom, made, lambda: demand(stack_convs(one.exact(), other.exact())), shape)  # type: ignore[arg-type]
 
 
-def _write(draft: Draft, branch: _Branch, part: fx.Node, between: fx.Node | None) -> fx.Node:
+def _write(draft: Draft, branch: Branch, part: fx.Node, between: fx.Node | None) -> fx.Node:
     """The node of a stacked branch, with the elementwise function behind it."""
-    made = _insert(draft, branch, like=part)
+    made = insert(draft, branch, like=part)
     if between is None:
         return made
     with draft.graph.inserting_after(made):
@@ -194,7 +194,7 @@ def _part(draft: Draft, node: fx.Node, cost: Cost) -> None:
         draft.prune([read[0]])
 
 
-def _columns(draft: Draft, node: fx.Node, conv: Conv, parts: tuple[fx.Node, ...], axis: int) -> list[_Branch]:
+def _columns(draft: Draft, node: fx.Node, conv: Conv, parts: tuple[fx.Node, ...], axis: int) -> list[Branch]:
     """A convolution as one for each part of its input; the first has the constant."""
     exact = draft.reader.later(node)
     ends = torch.tensor([shape_of(p)[axis] for p in parts]).cumsum(0).tolist()
@@ -205,24 +205,24 @@ def _columns(draft: Draft, node: fx.Node, conv: Conv, parts: tuple[fx.Node, ...]
             piece = replace(whole, kernel=whole.kernel[:, start:end])
             return piece if first else without_constant(piece)
 
-        pieces.append(_Branch(part, outline(cut(conv)), lambda cut=cut: cut(exact()), sizes_of(node)))  # type: ignore[misc]
+        pieces.append(Branch(part, outline(cut(conv)), lambda cut=cut: cut(exact()), sizes_of(node)))  # type: ignore[misc]
     return pieces
 
 
-def _cheaper(reader: Reader, piece: _Branch, joined: fx.Node, cost: Cost) -> tuple[_Branch, float]:
+def _cheaper(reader: Reader, piece: Branch, joined: fx.Node, cost: Cost) -> tuple[Branch, float]:
     """A piece merged with the part it reads, and what that part then saves; or by itself, and nothing."""
     inner = _branch(reader, piece.atom, joined)
-    both = None if inner is None else _then(inner, piece.operator, piece.exact, piece.shape)
+    both = None if inner is None else inner.then(piece.operator, piece.exact, piece.shape)
     if inner is None or both is None or both.price(cost) > piece.price(cost) + inner.price(cost):
         return piece, 0.0
     return both, inner.price(cost)
 
 
-def _gathered(branches: list[_Branch], cost: Cost) -> list[_Branch]:
+def _gathered(branches: list[Branch], cost: Cost) -> list[Branch]:
     """The branches with those over the same atom merged, where that pays."""
-    found: list[_Branch] = []
+    found: list[Branch] = []
     for _, group in groupby(sorted(branches, key=lambda b: b.atom.name), key=lambda b: b.atom):
-        kept: list[_Branch] = []
+        kept: list[Branch] = []
         for branch in group:
             both = _added(kept[-1], branch) if kept else None
             if both is not None and both.price(cost) <= kept[-1].price(cost) + branch.price(cost) + addition(
@@ -235,17 +235,17 @@ def _gathered(branches: list[_Branch], cost: Cost) -> list[_Branch]:
     return found
 
 
-def _added(one: _Branch, other: _Branch) -> _Branch | None:
+def _added(one: Branch, other: Branch) -> Branch | None:
     """Two branches of the same value as one that gives their sum."""
     made = merge(one.operator, other.operator)
     if isinstance(made, Refusal):
         return None
-    return _Branch(one.atom, outline(made), lambda: _demand(merge(one.exact(), other.exact())), one.shape)
+    return Branch(one.atom, outline(made), lambda: demand(merge(one.exact(), other.exact())), one.shape)
 
 
-def _write_sum(draft: Draft, node: fx.Node, terms: list[_Branch]) -> None:
+def _write_sum(draft: Draft, node: fx.Node, terms: list[Branch]) -> None:
     """Let a sum of branches be read instead of a node."""
-    total, *rest = [_insert(draft, term, like=node) for term in terms]
+    total, *rest = [insert(draft, term, like=node) for term in terms]
     for term in rest:
         with draft.graph.inserting_before(node):
             total = draft.graph.call_function(aten.add.Tensor, (total, term))

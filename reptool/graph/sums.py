@@ -13,6 +13,7 @@ from torch import fx
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.cost import addition
 from reptool.graph.draft import is_tensor, readers
+from reptool.graph.edits import call
 from reptool.graph.slides import LAYERS, operator_of
 from reptool.graph.values import arguments_of, shape_of, sizes_of
 
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 def apply_once(draft: Draft, cost: Cost) -> None:
     """Apply a layer to a sum of values where it was applied to each of them."""
     for node in list(draft.graph.nodes):
-        if node.target is aten.add.Tensor and not _is_inner(node):
+        if node.target is aten.add.Tensor and not node.kwargs and not _is_inner(node):
             _apply_once(draft, node, cost)
 
 
@@ -45,18 +46,14 @@ def _apply_once(draft: Draft, total: fx.Node, cost: Cost) -> None:
     if len(alike) < 2 or not _pays(draft, alike, cost):
         return
     layer, given = alike[0], arguments_of(alike[0])
-    with draft.graph.inserting_before(total):
-        value = _sum(draft, [term.args[0] for term in alike])
-        once = draft.graph.call_function(layer.target, (value, *layer.args[1:2], None, *layer.args[3:]))  # type: ignore[arg-type]
-        once.meta = dict(layer.meta)
-        bias = draft.reader.constant(given["bias"])
-        if bias is not None:
-            shift = bias * len(alike)
-            axis = 1 if len(shape_of(given["weight"])) > 2 else -1
-            once = draft.insert(Scale(torch.ones_like(shift), shift, axis), once, like=layer)
-    with draft.graph.inserting_before(total):
-        new = _sum(draft, [once, *(term for term in terms if term not in alike)])
-    draft.supersede(total, new)
+    value = _sum(draft, total, [term.args[0] for term in alike])
+    once = call(draft, total, layer.target, value, given["weight"], None, *layer.args[3:])
+    bias = draft.reader.constant(given["bias"])
+    if bias is not None:
+        shift = bias * len(alike)
+        axis = 1 if len(shape_of(given["weight"])) > 2 else -1
+        once = draft.insert(Scale(torch.ones_like(shift), shift, axis), once, like=layer)
+    draft.supersede(total, _sum(draft, total, [once, *(term for term in terms if term not in alike)]))
 
 
 def _terms(node: fx.Node) -> list[fx.Node]:
@@ -74,7 +71,11 @@ def _is_inner(node: fx.Node) -> bool:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    return node.target is aten.add.Tensor and not node.kwargs and all(is_tensor(a) and shape_of(a) == shape_of(node) for a in node.args)  # type: ignore[arg-type]
+    return (
+        node.target is aten.add.Tensor
+        and not node.kwargs
+        and all(is_tensor(a) and shape_of(a) == shape_of(node) for a in node.args)
+    )  # type: ignore[arg-type]
 
 
 def _key(term: Any) -> Any:
@@ -92,10 +93,8 @@ def _pays(draft: Draft, alike: Sequence[fx.Node], cost: Cost) -> bool:
     return addition(before) <= addition(after) + cost(read[1], before, after)
 
 
-def _sum(draft: Draft, values: list[Any]) -> fx.Node:
+def _sum(draft: Draft, before: fx.Node, values: list[Any]) -> fx.Node:
     total: fx.Node = values[0]
     for value in values[1:]:
-        meta = dict(total.meta)
-        total = draft.graph.call_function(aten.add.Tensor, (total, value))
-        total.meta = meta
+        total = call(draft, before, aten.add.Tensor, total, value)
     return total

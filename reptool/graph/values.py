@@ -33,6 +33,13 @@ def sizes_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(s if isinstance(s, int) else int(s.node.hint) for s in shape_of(node))
 
 
+def fixed(size: Any) -> int | None:
+    """A size that is the same for every input, as a number; None for one that varies."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else None
+
+
 def arguments_of(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults included."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]  # noqa: SLF001  # an OpOverload

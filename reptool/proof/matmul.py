@@ -65,9 +65,9 @@ def _conv(
     """
     height, width = _output_size(input, weight, stride, padding, dilation)
     columns = F.unfold(input, tuple(weight.shape[2:]), dilation, padding, stride)  # (n, i kh kw, h' w')
-    columns = columns.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (groups, i kh kw / groups, n h' w')
-    kernels = weight.flatten(1).unflatten(0, (groups, -1))  # (groups, o / groups, i kh kw / groups)
-    y = (kernels @ columns).flatten(0, 1).view(len(weight), len(input), height, width).transpose(0, 1)
+    columns = columns.reshape(len(input), groups, -1, height * width).permute(1, 2, 0, 3).flatten(2)
+    kernels = weight.reshape(groups, len(weight) // groups, -1)  # (groups, o / groups, i kh kw / groups)
+    y = (kernels @ columns).view(len(weight), len(input), height, width).transpose(0, 1)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 

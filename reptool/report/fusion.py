@@ -26,7 +26,9 @@ class Region:
         return {**fields, "error": self.proof.error}
 
     def __str__(self) -> str:
-        return f"{self.name}: {_counts(self.before)} -> {_counts(self.after) or 'nothing'}, error {self.proof.error:.1e}"
+        return (
+            f"{self.name}: {_counts(self.before)} -> {_counts(self.after) or 'nothing'}, error {self.proof.error:.1e}"
+        )
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def test_fused_file_is_read_with_its_code(name, code, tmp_path):
     fused, verdict = fuse_own(read, model, size, None)
     path = write_checkpoint(tmp_path / "f.safetensors", fused.state_dict(), own_metadata(read, model, verdict))
     again = build_own(read_checkpoint(path), model)
-    inputs = [torch.randn(x.shape) for x in own_inputs(build_own(read, model), model, size)]
+    inputs = [torch.randn(x.shape) for x in own_inputs(again, model, size)]
     assert torch.equal(again(*inputs), fused(*inputs))
     assert all(torch.equal(v, fused.state_dict()[k]) for k, v in again.state_dict().items())
 
