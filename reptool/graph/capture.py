@@ -43,7 +43,8 @@ class Captured:
     """A functional graph with its weights.
 
     ``state`` maps a placeholder to (qualified name, tensor); ``inputs`` are the user's placeholders in order; the two
-    specs rebuild the call signature and the output structure.
+    specs rebuild the call signature and the output structure. ``graphs`` holds what the graph names as an attribute: a
+    graph that one of its nodes calls, such as the inside of an autocast.
     """
 
     graph: fx.Graph
@@ -52,6 +53,7 @@ class Captured:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     argument_names: tuple[str, ...]
+    graphs: nn.Module
 
 
 def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
@@ -231,7 +233,8 @@ def _captured(program: ExportedProgram) -> Captured:
     if in_spec is None or out_spec is None:
         raise AssertionError("torch.export returned no call spec; please report this")
     inputs = tuple(n for n in holders if n.name in signature.user_inputs)
-    return Captured(program.graph, state, inputs, in_spec, out_spec, _argument_names(program, in_spec))
+    names = _argument_names(program, in_spec)
+    return Captured(program.graph, state, inputs, in_spec, out_spec, names, program.graph_module)
 
 
 def _argument_names(program: ExportedProgram, in_spec: pytree.TreeSpec) -> tuple[str, ...]:

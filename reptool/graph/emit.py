@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +168,9 @@ class _Writer:
             self.env[node] = self._region(value)
         elif value is not None and self._is_layer(value):
             self.env[node] = self._layer(value)
+        elif node.op == "get_attr":
+            self._add(str(node.target), copy.deepcopy(self.captured.graphs.get_submodule(str(node.target))))
+            self.env[node] = self.graph.get_attr(str(node.target))
         else:
             self.env[node] = self.copied[node] = self.graph.node_copy(node, self.env.__getitem__)
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from reptool.affine.operators import Scale
+from reptool.graph.carriers import carried
 from reptool.graph.naming import module_path
+from reptool.graph.spread import NORMS
 from reptool.graph.structure import describe
+from reptool.graph.values import arguments_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -23,7 +26,12 @@ def leftovers(plan: Plan) -> tuple[tuple[str, str, str], ...]:
     scales = [v for v in plan.values.values() if _is_learned(v, plan)]
     kept = [(module_path(v.node) or "(root)", _kind(v), _reasons(v, plan)) for v in scales]
     opaque = [n for n in plan.opaque if n.target is _NORM]
-    return (*kept, *((module_path(n) or "(root)", "batch norm", plan.opaque[n]) for n in opaque))
+    affine = [n for n in plan.opaque if n.target in NORMS and arguments_of(n)["weight"] is not None]
+    return (
+        *kept,
+        *((module_path(n) or "(root)", "batch norm", plan.opaque[n]) for n in opaque),
+        *((module_path(n) or "(root)", "gain and shift of a norm", _readers(n)) for n in affine),
+    )
 
 
 def _is_learned(value: Value, plan: Plan) -> bool:
@@ -56,6 +64,19 @@ def _behind(value: Value, user: fx.Node, plan: Plan) -> str:
     if outer is None:
         return f"{_name(user)} behind it is not affine"
     return outer.kept_apart.get(value.node, f"{_name(user)} behind it has no weights")
+
+
+def _readers(norm: fx.Node) -> str:
+    """Who reads a norm, behind what only moves it; not all of them can take its gain and shift."""
+    names: list[str] = []
+    stack = list(norm.users)
+    while stack:
+        user = stack.pop(0)
+        if carried(user) is not None:
+            stack += user.users
+        else:
+            names.append(_name(user))
+    return f"not every reader can take them: {', '.join(dict.fromkeys(names))}"
 
 
 def _name(node: fx.Node) -> str:

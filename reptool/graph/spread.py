@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from reptool.affine.form import compose, outline
-from reptool.affine.operators import Conv, Refusal, Scale
+from reptool.affine.operators import AvgPool, Conv, Refusal, Scale
 from reptool.graph.carriers import axis_after, carried
 from reptool.graph.slides import operator_of
 from reptool.graph.values import arguments_of, shape_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
-_NORMS = {aten.layer_norm.default: -1, aten.rms_norm.default: -1, aten.group_norm.default: 1}
+NORMS = {aten.layer_norm.default: -1, aten.rms_norm.default: -1, aten.group_norm.default: 1}
 """Norms with a weight and a bias of their own, and the axis those lie along."""
 
 
@@ -47,7 +47,7 @@ def _spread(draft: Draft, node: fx.Node) -> None:
     reader = draft.reader
     scale = _affine_part(reader, node)
     ways = [] if scale is None else _ways(node, scale, ())
-    moves = node.target in _NORMS or any(way.passed for way in ways)
+    moves = node.target in NORMS or any(way.passed for way in ways)
     if not ways or not moves or not all(_takes(reader, way) for way in ways):
         return
     walk = _Walk(draft, node, _without_affine_part(draft, reader, node))
@@ -58,15 +58,16 @@ def _spread(draft: Draft, node: fx.Node) -> None:
 
 def _affine_part(reader: Reader, node: fx.Node) -> Scale | None:
     """The scale a node ends in: a norm's weight and bias, or the node itself if it is one over something not affine."""
-    if node.target not in _NORMS:
+    if node.target not in NORMS:
         found = operator_of(reader, node)
-        alone = found is not None and isinstance(found[1], Scale) and operator_of(reader, found[0]) is None
-        return found[1] if alone else None  # type: ignore[index, return-value]  # see alone
+        inner = None if found is None else operator_of(reader, found[0])
+        alone = inner is None or isinstance(inner[1], AvgPool)  # a convolution takes the scale itself
+        return found[1] if found is not None and isinstance(found[1], Scale) and alone else None
     given = arguments_of(node)
     weight, bias = reader.constant(given["weight"]), reader.constant(given.get("bias"))
     if weight is None or weight.dim() != 1 or (bias is None and given.get("bias") is not None):
         return None
-    return Scale(weight, bias, _NORMS[node.target])
+    return Scale(weight, bias, NORMS[node.target])
 
 
 def _ways(node: fx.Node, scale: Scale, passed: tuple[fx.Node, ...]) -> list[_Way]:
@@ -99,7 +100,7 @@ def _takes(reader: Reader, way: _Way) -> bool:
 
 def _without_affine_part(draft: Draft, reader: Reader, node: fx.Node) -> fx.Node:
     """What a scale is over: a norm without its weights, or a node's own input."""
-    if node.target not in _NORMS:
+    if node.target not in NORMS:
         found = operator_of(reader, node)
         assert found is not None  # noqa: S101  # it has an affine part
         return found[0]

@@ -42,6 +42,15 @@ def test_what_is_not_worth_it_is_told_in_multiply_accumulates():
     assert why == "merging would raise 0.0128 to 0.205 MMAC"
 
 
+def test_the_affine_part_of_a_norm_that_stays_names_its_readers():
+    """A layer norm whose result is also added to something cannot hand its gain on."""
+    model = Lambda(lambda s, x: s.linear(y := s.norm(x)) + y, norm=nn.LayerNorm(6), linear=nn.Linear(6, 6))
+    nn.init.normal_(model.norm.weight)
+    ((at, kind, why),) = report(model, noise(3, 5, 6)).left
+    assert (at, kind) == ("norm", "gain and shift of a norm")
+    assert why == "not every reader can take them: linear, add"
+
+
 def test_nothing_is_left_of_a_block():
     """Where everything folds, no line is spent on it."""
     found = report(conv_norm(4, 4, 3), noise(*IMAGE))
