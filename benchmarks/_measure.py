@@ -35,6 +35,7 @@ def measure(name: str, size: int | None, iterations: int) -> dict[str, Any]:
 
     Units:   seconds; macs and parameters in ones; error relative, in float64; ratio fused over unfused
     """
+    torch.set_num_threads(1)  # as the latencies; a second thread that has to wait for its core distorts the seconds
     reptool.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), (torch.randn(1, 3, 8, 8),))  # imports
     network = build(name, size)
     image = network.images(1, 1)

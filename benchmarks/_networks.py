@@ -1,7 +1,8 @@
 """The public architectures of the coverage benchmark, built without pretrained weights and then randomised; its targets.
 
-A fresh network hides faults: its norms are the identity, its LayerScales vanish and its biases are zero. ``randomise``
-gives each of them values that a trained network could have, and keeps the activations at the size of one.
+A fresh network hides faults: its norms are the identity, its LayerScales vanish, its biases are zero and so is many a
+classifier, which makes every answer right. ``randomise`` gives each of them values that a trained network could have, and
+keeps the activations at the size of one.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ mnasnet1_0 convnext_tiny squeezenet1_1
 NAMES = (*(f"timm/{name}" for name in TIMM.split()), *(f"torchvision/{name}" for name in TORCHVISION.split()))
 """Package and name in that package."""
 
+LEAST_CHANGE = 1e-4
+"""What another image changes in the scores at least, relative to the largest of them."""
 LARGEST = 224
 """Pixels a side that no network exceeds, unless it is built for one size or listed in ``SIZES``."""
 SIZES = {"timm/mobilevit_s": 256, "timm/mobilevitv2_050": 256}
@@ -111,10 +114,11 @@ def randomise(network: Network, seed: int) -> None:
     """Draw every bias, gain, LayerScale and norm statistic of a network in place.
 
     Biases are normal with deviation 0.2. What has one number a channel (gains of norms, LayerScales, learned factors) is
-    uniform in 0.5 to 1.5, and negative for one in eight. The statistics of the batch norms are those of eight images of
-    noise, then moved: the mean by 0.3 deviations, the variance by a factor of 0.6 to 1.6.
+    uniform in 0.5 to 1.5, and negative for one in eight. A weight that is all zero is normal, and keeps the size of what it
+    reads. The statistics of the batch norms are those of eight images of noise, then moved: the mean by 0.3 deviations,
+    the variance by a factor of 0.6 to 1.6.
 
-    Raises:  ArithmeticError if the scores of the network are not finite afterwards
+    Raises:  ArithmeticError if the scores are not finite afterwards, or hardly depend on the image
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -125,10 +129,14 @@ def randomise(network: Network, seed: int) -> None:
                 negative = torch.rand(parameter.shape, generator=generator) < 1 / 8
                 parameter.uniform_(0.5, 1.5, generator=generator)
                 parameter.copy_(torch.where(negative, -parameter, parameter))
+            elif not parameter.any():
+                parameter.normal_(0, (len(parameter) / parameter.numel()) ** 0.5, generator=generator)
         _randomise_statistics(network, generator)
         scores = network.module(network.images(2, seed + 1))
     if not torch.isfinite(scores).all():
         raise ArithmeticError(f"{network.name} gives scores that are not finite after its weights were randomised")
+    if (scores[0] - scores[1]).abs().max() < LEAST_CHANGE * scores.abs().max():
+        raise ArithmeticError(f"{network.name} gives two images the same scores, so that no fault in it would be seen")
 
 
 def _randomise_statistics(network: Network, generator: torch.Generator) -> None:

@@ -36,7 +36,8 @@ LEGEND = (
     "additions of one constant a channel. norms left and scales left: of these, in the fused network. LN affines left: "
     "layer norms called with a weight, before -> after. GMAC, M parameters: before -> after; where nothing changed, once. "
     "error: largest difference of the two forms over the largest score, in float64. latency ratio: fused over unfused in "
-    "onnxruntime on one thread, with its 95 % interval. proof %: proof over capture."
+    "onnxruntime on one thread, with its 95 % interval. proof %: proof over capture; all "
+    "seconds on one thread."
 )
 
 
@@ -94,14 +95,15 @@ def reasons(rows: Rows) -> dict[str, Counter[tuple[str, str]]]:
     for row in rows:
         left = row["figures"]["left"] if row["figures"] else []
         if left:
-            said = [(one["kind"], "; ".join(dict.fromkeys(map(_general, one["why"])))) for one in left]
+            said = [(one["kind"], _general("; ".join(one["why"]))) for one in left]
             found[row["name"]] = Counter(said)
     return found
 
 
-def _general(reason: str) -> str:
-    """A reason without the figures of this one case."""
-    return re.sub(r"(?<![\w.])\d[\d.]*(?:e[-+]?\d+)?(?!\w)", "N", reason)
+def _general(reasons: str) -> str:
+    """Reasons without the figures of this one case, each once."""
+    plain = re.sub(r"(?<![\w.])\d[\d.]*(?:e[-+]?\d+)?(?!\w)", "N", reasons)
+    return "; ".join(sorted(set(plain.split("; "))))
 
 
 def summary(rows: Rows) -> str:

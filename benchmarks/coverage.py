@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-latency", action="store_true", help="leave out the runs with onnxruntime")
     parser.add_argument("--iterations", type=int, default=30, help="paired runs a network; default 30")
     parser.add_argument("--image-size", type=int, help="pixels a side; default the network's own, at most 224")
-    parser.add_argument("--limit", type=float, default=900, help="seconds a network may take; default 900")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds a network may take; default 1800")
     parser.add_argument("--json", type=Path, help="write all figures here, after every network")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     arguments = parser.parse_args()

@@ -22,11 +22,9 @@ from reptool.graph.naming import module_path
 from reptool.graph.normalise import normalise
 from reptool.graph.outputs import Outputs, select_outputs
 from reptool.graph.probes import choices, draw
-from reptool.graph.regions import Runner
-from reptool.graph.regions import regions as regions_of
+from reptool.graph.regions import Regions, Runner
 from reptool.graph.revise import revise
 from reptool.graph.structure import describe, first_difference, structure_problems
-from reptool.graph.values import Weights
 from reptool.parts import fuse_parts
 from reptool.proof.matmul import BatchedConvolutions
 from reptool.proof.region import prove_region, stored_is_rounded
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     from reptool.graph.draft import Draft
     from reptool.graph.emit import Emitted
     from reptool.graph.normalise import Plan
+    from reptool.graph.probes import Sizes
     from reptool.graph.regions import Between
 
 
@@ -146,40 +145,52 @@ def _require_structure(work: _Work) -> None:
 
 
 def _prove(work: _Work, module: nn.Module) -> tuple[Region, ...]:
-    """Prove every region, as it stands in a module, and describe it."""
-    weights = Weights(work.draft.original.state)
-    return tuple(_region(region, weights, work.emitted, module) for region in regions_of(work.draft, work.emitted))
+    """Prove every region, as it stands in a module, and describe those that were rewritten or are not equal."""
+    cutter = Regions(work.draft, work.emitted)
+    found: list[Region] = []
+    for region in cutter:
+        proof = _proof(region, cutter, work.emitted, module)
+        if region.rewritten or not proof.passed:
+            found.append(_described(region, proof, work.emitted.module))
+    return tuple(found)
 
 
-def _region(region: Between, weights: Weights, emitted: Emitted, module: nn.Module) -> Region:
-    """Prove one region; its exact weights are worked out for that, and dropped."""
-    exact = {path: emitted.exact(path) for path in region.layers if path in emitted.new}
-    faults = {path: _fault(_submodule(module, path), exact.get(path)) for path in region.layers}
-    wrong = [f"{path} {fault}" for path, fault in faults.items() if fault]
-    if wrong:
-        proof = RegionProof(region.name, float("inf"), passed=False, detail="; ".join(wrong))
-    else:
-        proof = _proof(region, Runner(weights, module, exact), emitted.module)
+def _described(region: Between, proof: RegionProof, written: nn.Module) -> Region:
     before = Counter(describe(n).split("(", maxsplit=1)[0] for n in region.before)
-    after = Counter(_kind(n, emitted.module) for n in region.after)
+    after = Counter(_kind(n, written) for n in region.after)
     sources = tuple(sorted({module_path(n) for n in region.before}))
     return Region(region.name, sources, dict(before), dict(after), proof)
 
 
-def _proof(region: Between, runner: Runner, written: nn.Module) -> RegionProof:
-    """The proof on two random examples, at the first choice of sizes at which the captured side runs."""
-    failure = "it was given no sizes to run at"
+def _proof(region: Between, cutter: Regions, emitted: Emitted, module: nn.Module) -> RegionProof:
+    """Prove one region; float64 weights are worked out for one side after the other, and dropped, since they are large."""
+    runner = Runner(cutter.weights, module)
+    example = _example(region, runner, emitted.module)
+    exact = {path: emitted.exact(path) for path in region.layers if path in emitted.new}
+    faults = {path: _fault(_submodule(module, path), exact.get(path)) for path in region.layers}
+    wrong = [f"{path} {fault}" for path, fault in faults.items() if fault]
+    if wrong or isinstance(example, str):
+        return RegionProof(region.name, float("inf"), passed=False, detail="; ".join(wrong) or str(example))
+    sizes, inputs, expected = example
+    proof = prove_region(region.name, lambda *_: expected, runner.after(region, sizes, exact), [inputs])
+    deeper = None if proof.passed else cutter.deeper(region)
+    return proof if deeper is None else _proof(deeper, cutter, emitted, module)
+
+
+def _example(region: Between, runner: Runner, written: nn.Module) -> tuple[Sizes, tuple[Tensor, ...], Any] | str:
+    """Sizes, two random examples and what the captured side makes of them, at the first choice at which it runs.
+
+    If it runs at none, why not.
+    """
+    failure = "there are no sizes to run it at"
     for sizes, shapes in choices(region, written):
-        before = runner.before(region, sizes)
         inputs = draw(region, shapes, seed=0)
         try:
             with torch.inference_mode(), BatchedConvolutions():
-                expected = before(*inputs)
+                return sizes, inputs, runner.before(region, sizes)(*inputs)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             failure = f"it does not run: {error}"
-            continue
-        return prove_region(region.name, lambda *_, e=expected: e, runner.after(region, sizes), [inputs])
-    return RegionProof(region.name, float("inf"), passed=False, detail=failure)
+    return failure
 
 
 def _kind(node: fx.Node, module: nn.Module) -> str:

@@ -51,7 +51,7 @@ def build_own(read: Checkpoint, model: str) -> nn.Module:
     for form in forms:
         found = _misfit(form.state_dict(), read.tensors)
         if not found:
-            form.load_state_dict(read.tensors, strict=True)
+            form.load_state_dict(read.tensors, strict=True, assign=_same_kinds(form.state_dict(), read.tensors))
             if form is not network and hasattr(network, "example_inputs"):
                 form.example_inputs = network.example_inputs  # it takes what the network takes
             return form
@@ -71,6 +71,12 @@ def _misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[s
         "of another shape": shapes,
     }
     return [f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in kinds.items() if keys]
+
+
+def _same_kinds(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
+    """Whether weights can be taken as they are, without a second copy: none is of another dtype, or in two places."""
+    places = [t.data_ptr() for t in wanted.values() if t.numel()]
+    return len(set(places)) == len(places) and all(t.dtype == given[key].dtype for key, t in wanted.items())
 
 
 def _first(words: list[str]) -> str:

@@ -233,8 +233,8 @@ def _captured(program: ExportedProgram) -> Captured:
     if in_spec is None or out_spec is None:
         raise AssertionError("torch.export returned no call spec; please report this")
     inputs = tuple(n for n in holders if n.name in signature.user_inputs)
-    names = _argument_names(program, in_spec)
-    return Captured(program.graph, state, inputs, in_spec, out_spec, names, program.graph_module)
+    arguments = _argument_names(program, in_spec)
+    return Captured(program.graph, state, inputs, in_spec, out_spec, arguments, program.graph_module)
 
 
 def _argument_names(program: ExportedProgram, in_spec: pytree.TreeSpec) -> tuple[str, ...]:

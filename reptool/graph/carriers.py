@@ -88,14 +88,14 @@ def varying_after(node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
 
 
 def _blocks(before: list[Any], after: list[Any]) -> list[tuple[range, range]]:
-    """The runs of axes of two shapes that hold the same entries: between places with as many entries in front."""
+    """The runs of axes of two shapes that hold the same entries: between places with as many entries in front, and the rest."""
     found, last = [], (0, 0)
     for i in range(len(before) + 1):
         for j in range(last[1], len(after) + 1):
             if i >= last[0] and (i, j) != last and _equal(prod(before[:i]), prod(after[:j])):
                 found.append((range(last[0], i), range(last[1], j)))
                 last = (i, j)
-    return found
+    return [*found, (range(last[0], len(before)), range(last[1], len(after)))]
 
 
 def _same(_node: fx.Node, _value: fx.Node, axis: int) -> int | None:
@@ -138,7 +138,7 @@ def _reshaped(node: fx.Node, value: fx.Node, axis: int) -> int | None:
 
 def _ambiguous(shape: list[Any], axis: int) -> bool:
     """Whether another axis could be meant: one of size 1 is at the same place as its neighbour."""
-    return shape[axis] == 1
+    return bool(shape[axis] == 1)
 
 
 def _sliced(node: fx.Node, value: fx.Node, axis: int) -> int | None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional as F
 
-from reptool.affine.operators import Conv, ConvTranspose
+from reptool.affine.operators import Conv, ConvTranspose, Identity
 from reptool.graph.layers import exact_weights, has_even_border, layer_of, rounded_weights
 from reptool.graph.naming import distinct, module_path, region_path, safe
 from reptool.graph.values import arguments_of
@@ -26,6 +26,9 @@ aten = torch.ops.aten
 _PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.einsum.default)
 """What is read as a matrix, and has it as an ordinary argument."""
 _VIEWS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.expand.default)
+
+
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default)
 
 
 class Fused(fx.GraphModule):
@@ -108,7 +111,7 @@ class _Writer:
             if node not in needed:
                 needed.add(node)
                 value = self.plan.values.get(node)
-                written = value is not None and (self._is_region(value) or self._is_layer(value))
+                written = value is not None and any(f(value) for f in (self._is_region, self._is_layer, _is_identity))
                 stack += value.form.atoms if written and value is not None else node.all_input_nodes
         return needed
 
@@ -168,6 +171,8 @@ class _Writer:
             self.env[node] = self._region(value)
         elif value is not None and self._is_layer(value):
             self.env[node] = self._layer(value)
+        elif value is not None and _is_identity(value):
+            self.env[node] = self.env[value.form.terms[0].atom]  # type: ignore[index]  # atoms are nodes
         elif node.op == "get_attr":
             self._add(str(node.target), copy.deepcopy(self.captured.graphs.get_submodule(str(node.target))))
             self.env[node] = self.graph.get_attr(str(node.target))
@@ -243,6 +248,15 @@ class _Writer:
     def _add(self, path: str, layer: nn.Module | None) -> None:
         holder, leaf = self._holder(path)
         holder.add_module(leaf, layer)
+
+
+def _is_identity(value: Value) -> bool:
+    """Whether a value is another one, such as dropout's in evaluation; nothing needs to be called for it.
+
+    A copy stays: a view may need the order in memory that it makes.
+    """
+    alone = len(value.form.terms) == 1 and isinstance(value.form.terms[0].operator, Identity)
+    return alone and value.node.target not in _COPIES
 
 
 def _acts(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.carriers import carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.moves import PARTINGS, moved_from, moves_of, numbered, run_move, run_moves
+from reptool.graph.moves import PARTINGS, holders, moved_from, moves_of, numbered, run_move, run_moves
 from reptool.graph.shifts import PRODUCTS
 from reptool.graph.slides import operator_of
 from reptool.graph.values import arguments_of, shape_of
@@ -72,7 +72,7 @@ def _hand_back(draft: Draft, node: fx.Node, value: fx.Node, factor: float) -> No
     gain[own[0]] = factor
     scaled = draft.insert(Scale(gain, None, axis), way.source, like=node)
     way.source.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-    draft.forget((*own[1], *way.behind, value))
+    draft.forget([held for node in (*own[1], *way.behind, value) for held in holders(node)])
     draft.supersede(node, value)
 
 

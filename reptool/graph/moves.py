@@ -41,6 +41,12 @@ def moves_of(node: fx.Node) -> list[fx.Node]:
     return [user for user in near if moved_from(user) is node]
 
 
+def holders(node: fx.Node) -> tuple[fx.Node, ...]:
+    """A piece together with the node that split its value; any other node by itself."""
+    parting = node.args[0] if node.target is operator.getitem else None
+    return (parting, node) if isinstance(parting, fx.Node) else (node,)
+
+
 def varying_in(node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
     """The axes along which a carrier or a piece can vary, if its value varies along ``axes`` only."""
     if node.target is not operator.getitem:

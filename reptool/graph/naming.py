@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from reptool.affine.operators import Conv
+from reptool.affine.operators import Conv, ConvTranspose
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -43,7 +43,7 @@ def region_path(value: Value, reader: Reader) -> str:
     ]
     paths = sorted({module_path(n) for n in (heavy or value.sources)})
     name = paths[0] if len(paths) == 1 else ".".join(commonprefix([p.split(".") for p in paths]))
-    several = len(value.form.terms) > 1 or any(isinstance(t.operator, Conv) for t in value.form.terms)
+    several = len(value.form.terms) > 1 or any(isinstance(t.operator, Conv | ConvTranspose) for t in value.form.terms)
     return safe(name or ("fused" if several else "scale"))
 
 

@@ -18,7 +18,7 @@ from reptool.graph.draft import is_tensor
 from reptool.graph.values import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from reptool.graph.draft import Draft
     from reptool.graph.emit import Emitted
@@ -30,13 +30,17 @@ class Between:
     """One region: the captured nodes ``before`` and the fused ones ``after`` that lead from ``entries`` to ``target``.
 
     Entries and target are pairs of a captured and a fused node that are equal. ``before`` and ``after`` are in order.
+    ``rewritten`` is false for a layer that stayed as it was, and for a node that another one's value stands for; ``through``
+    are equal values at which it was not cut off.
     """
 
     name: str
+    rewritten: bool
     target: tuple[fx.Node, fx.Node]
     entries: tuple[tuple[fx.Node, fx.Node], ...]
     before: tuple[fx.Node, ...]
     after: tuple[fx.Node, ...]
+    through: frozenset[fx.Node]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -44,54 +48,75 @@ class Between:
         return tuple(str(n.target) for n in self.after if n.op == "call_module")
 
 
-def regions(draft: Draft, emitted: Emitted) -> list[Between]:
+class Regions:
     """Every part of the fused graph that is not a copy of the captured one, in order."""
-    pairs: dict[fx.Node, fx.Node] = {}
-    for node in draft.graph.nodes:
-        written, origin = emitted.written.get(node), draft.origin.get(node)
-        if written is not None and origin is not None and is_tensor(node):
-            pairs.setdefault(written, origin)
-    cutter = _Cutter(Weights(draft.original.state), pairs, emitted, draft.original.graph)
-    changed = [
-        n for n in draft.graph.nodes if n in emitted.written and n in draft.origin and _is_changed(n, draft, emitted)
-    ]
-    return [cutter.between(draft.origin[n], emitted.written[n], emitted.names.get(n)) for n in changed]
 
-
-def _is_changed(node: fx.Node, draft: Draft, emitted: Emitted) -> bool:
-    """Whether a node's value is computed otherwise than in the captured graph."""
-    if not is_tensor(node) or node.op != "call_function":
-        return False
-    if node in emitted.names:
-        return True
-    origin = draft.origin[node]
-    same = node.target is origin.target and len(node.all_input_nodes) == len(origin.all_input_nodes)
-    return not same or any(
-        draft.origin.get(a) is not b for a, b in zip(node.all_input_nodes, origin.all_input_nodes, strict=False)
-    )
-
-
-class _Cutter:
-    """Cuts regions out of both graphs."""
-
-    def __init__(self, weights: Weights, pairs: dict[fx.Node, fx.Node], emitted: Emitted, graph: fx.Graph) -> None:
-        self.weights, self.pairs = weights, pairs
+    def __init__(self, draft: Draft, emitted: Emitted) -> None:
+        self.draft, self.emitted = draft, emitted
+        self.weights = Weights(draft.original.state)
+        self.pairs: dict[fx.Node, fx.Node] = {}
+        for node in draft.graph.nodes:
+            written, origin = emitted.written.get(node), draft.origin.get(node)
+            if written is not None and origin is not None and is_tensor(node):
+                self.pairs.setdefault(written, origin)
         self.written = {n: i for i, n in enumerate(emitted.module.graph.nodes)}
-        self.captured = {n: i for i, n in enumerate(graph.nodes)}
+        self.captured = {n: i for i, n in enumerate(draft.original.graph.nodes)}
 
-    def between(self, origin: fx.Node, written: fx.Node, name: str | None) -> Between:
+    def __iter__(self) -> Iterator[Between]:
+        for node in self.draft.graph.nodes:
+            if node in self.emitted.written and node in self.draft.origin and is_tensor(node):
+                moved = self._is_moved(node)
+                if node.op == "call_function" and (moved or node not in self.emitted.copied):
+                    name = self.emitted.names.get(node)
+                    yield self._between(node, name, rewritten=moved or name is not None)
+
+    def _is_moved(self, node: fx.Node) -> bool:
+        """Whether a copied node is another operator than it was, or reads other values."""
+        origin = self.draft.origin[node]
+        if node not in self.emitted.copied:
+            return False
+        read, was_read = node.all_input_nodes, origin.all_input_nodes
+        same = node.target is origin.target and len(read) == len(was_read)
+        return not same or any(self.draft.origin.get(a) is not b for a, b in zip(read, was_read, strict=True))
+
+    def _between(self, node: fx.Node, name: str | None, *, rewritten: bool) -> Between:
         """The region that ends in one value."""
+        origin, written = self.draft.origin[node], self.emitted.written[node]
+        return self._cut(name or str(written.target), origin, written, rewritten=rewritten, through=frozenset())
+
+    def deeper(self, region: Between) -> Between | None:
+        """The region without those entries that are computed from other entries; None if there are none.
+
+        Entries are compared on independent values. Where one is made of another, that asks for more than is claimed.
+        """
+        entries = {captured for captured, _ in region.entries}
+        made = {w for c, w in region.entries if w is not c and self._is_made_of(c, entries - {c})}
+        if not made - region.through:
+            return None
+        origin, written = region.target
+        return self._cut(region.name, origin, written, rewritten=region.rewritten, through=region.through | made)
+
+    def _is_made_of(self, node: fx.Node, others: set[fx.Node]) -> bool:
+        _, ends = _walk(node, others.__contains__, self._is_constant)
+        return bool(ends & others)
+
+    def _cut(
+        self, name: str, origin: fx.Node, written: fx.Node, *, rewritten: bool, through: frozenset[fx.Node]
+    ) -> Between:
+        """What lies between a value and the nearest values that are equal on both sides, walking on ``through`` some."""
         itself = None if self.pairs.get(written) is not origin else written  # an alias ends where its value is computed
-        after, reached = _walk(written, lambda n: n in self.pairs and n is not itself, _is_leaf)
+        after, reached = _walk(written, lambda n: n in self.pairs and n is not itself and n not in through, _is_leaf)
         cuts = {self.pairs[n]: n for n in reached if n in self.pairs}
         before, leaves = _walk(origin, cuts.__contains__, self._is_constant)
         cuts |= {leaf: leaf for leaf in leaves if leaf not in cuts and is_tensor(leaf) and not self._is_constant(leaf)}
         return Between(
-            name or str(written.target),
+            name,
+            rewritten,
             (origin, written),
             tuple(sorted(cuts.items(), key=lambda pair: self.captured[pair[0]])),
             tuple(sorted(before, key=self.captured.__getitem__)),
             tuple(sorted(after, key=self.written.__getitem__)),
+            through,
         )
 
     def _is_constant(self, node: fx.Node) -> bool:
@@ -127,11 +152,10 @@ def _is_size(node: fx.Node) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """Runs both sides of one region in float64; its new layers compute with ``exact`` weights, by layer path."""
+    """Runs both sides of a region in float64."""
 
     weights: Weights
     module: nn.Module
-    exact: Mapping[str, Mapping[str, Tensor]]
 
     def before(self, region: Between, sizes: Sizes) -> Callable[..., Any]:
         """The captured side as a function of the entries."""
@@ -144,22 +168,22 @@ class Runner:
 
         return run
 
-    def after(self, region: Between, sizes: Sizes) -> Callable[..., Any]:
-        """The fused side as a function of the entries."""
+    def after(self, region: Between, sizes: Sizes, exact: Mapping[str, Mapping[str, Tensor]]) -> Callable[..., Any]:
+        """The fused side as a function of the entries; new layers compute with ``exact`` weights, by layer path."""
 
         def run(*given: Tensor) -> Any:
             env: dict[fx.Node, Any] = dict(zip((w for _, w in region.entries), given, strict=True))
             for node in region.after:
-                env[node] = self._layer(node, env) if node.op == "call_module" else self._call(node, env, sizes)
+                env[node] = self._layer(node, env, exact) if node.op == "call_module" else self._call(node, env, sizes)
             return env[region.target[1]]
 
         return run
 
-    def _layer(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    def _layer(self, node: fx.Node, env: dict[fx.Node, Any], exact: Mapping[str, Mapping[str, Tensor]]) -> Any:
         path = str(node.target)
         layer = self.module.get_submodule(path)
         own = {name: double(tensor) for name, tensor in layer.named_parameters()}
-        return functional_call(layer, {**own, **self.exact.get(path, {})}, (env[node.args[0]],))  # type: ignore[index]
+        return functional_call(layer, {**own, **exact.get(path, {})}, (env[node.args[0]],))  # type: ignore[index]
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any], sizes: Sizes) -> Any:
         def value(argument: fx.Node) -> Any:

@@ -16,14 +16,15 @@ from torch import Tensor, fx
 
 from reptool.affine.form import compose, outline
 from reptool.affine.operators import Refusal, Scale
-from reptool.graph.carriers import axis_before, carried, computes_nothing
+from reptool.graph.carriers import carried
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.moves import PARTINGS, along_one_axis, moved_from, moves_of, run_move, varying_in
+from reptool.graph.moves import PARTINGS, along_one_axis, holders, moved_from, moves_of, numbered, run_move, varying_in
+from reptool.graph.rows import SOFTMAXES, aligned, axes_of, row_sum
 from reptool.graph.slides import channel_axis, operator_of
 from reptool.graph.values import arguments_of, shape_of, sizes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from reptool.graph.read import Reader
 
@@ -31,22 +32,21 @@ aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
-_SOFTMAXES = (aten.softmax.int, aten._softmax.default)  # noqa: SLF001  # ATen's name
 _LOGARITHMS = (aten.log_softmax.int, aten._log_softmax.default)  # noqa: SLF001  # ATen's name
 _MASKS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-EXPANDS = (aten.expand.default, aten.expand_as.default)
 
 
 @dataclass(frozen=True, eq=False)
 class Shift:
     """Something that is added to a value and varies along some of its axes.
 
-    ``numbers`` makes, for every entry, the number of the source's channel whose constant is added, as long as nothing
-    but that constant is. ``passed`` are the nodes in front that it changes, ``proof`` those whose making was relied on.
+    ``numbers`` makes, for every entry, the number of the one of the constants ``amount`` that is added to it, as long as
+    that is known. ``passed`` are the nodes in front that it changes, ``proof`` those whose making was relied on.
     """
 
     node: fx.Node
     varies: frozenset[int]
+    amount: Callable[[], Tensor] | None = None
     numbers: Callable[[], Tensor] | None = None
     passed: tuple[fx.Node, ...] = ()
     proof: tuple[fx.Node, ...] = ()
@@ -55,7 +55,7 @@ class Shift:
     @property
     def changed(self) -> tuple[fx.Node, ...]:
         """Every node that has another value without the shift."""
-        return (*self.passed, self.node)
+        return (*self.passed, *holders(self.node))
 
     def on(self, node: fx.Node, varies: frozenset[int], numbers: Callable[[], Tensor] | None = None) -> Shift:
         """The shift of the next value."""
@@ -64,7 +64,7 @@ class Shift:
 
 @dataclass(frozen=True, eq=False)
 class End:
-    """Where a shift ends: it is lost there, or ``taken`` by a layer that adds these channels' constants along an axis."""
+    """Where a shift ends: it is lost there, or ``taken`` by a layer that adds this constant along an axis."""
 
     reader: fx.Node
     value: fx.Node
@@ -74,10 +74,10 @@ class End:
     axis: int = 1
 
 
-def ends_of(reader: Reader, shift: Shift) -> list[End] | None:
-    """All places where a shift ends; None if one of those who read the value would miss it."""
+def ends_of(reader: Reader, shift: Shift, among: Sequence[fx.Node] = ()) -> list[End] | None:
+    """All places where a shift ends; None if one of those who read the value, or of some of them, would miss it."""
     ends: list[End] = []
-    for user, position in _uses(shift.node):
+    for user, position in (use for use in _uses(shift.node) if not among or use[0] in among):
         found = _ends_in(reader, shift, user, position)
         if found is None:
             return None
@@ -111,15 +111,19 @@ def _loses(user: fx.Node, position: int, shift: Shift) -> bool:
 
     Law:      softmax(x + c) == softmax(x), log_softmax alike, and attention(q, k + c, v) == attention(q, k, v), where c
               is constant along the axis of the softmax, or the same for all keys
-    Refuses:  a shift that varies along that axis; attention with dropout that is active
+    Refuses:  a shift that varies along that axis; attention with dropout that is active, or a mask of truth values
     """
     rank = len(shape_of(shift.node))
-    if user.target in {*_SOFTMAXES, *_LOGARITHMS}:
+    if user.target in {*SOFTMAXES, *_LOGARITHMS}:
         return position == 0 and arguments_of(user)["dim"] % rank not in shift.varies
-    return user.target is ATTENTION and position == 1 and rank - 2 not in shift.varies and _is_calm(user)
+    if user.target is not ATTENTION or position != 1 or rank - 2 in shift.varies:
+        return False
+    mask = arguments_of(user)["attn_mask"]
+    return _is_calm(user) and (mask is None or mask.meta["val"].is_floating_point())
 
 
 def _is_calm(attention: fx.Node) -> bool:
+    """Whether torch's attention drops nothing at random."""
     return bool(arguments_of(attention)["dropout_p"] == 0)
 
 
@@ -142,33 +146,6 @@ def _rows(user: fx.Node, position: int, shift: Shift) -> tuple[int, tuple[fx.Nod
     return row_sum(weights, -2 if position == 0 else -1) if is_tensor(weights) else None  # type: ignore[arg-type]
 
 
-def row_sum(node: fx.Node, axis: int) -> tuple[int, tuple[fx.Node, ...]] | None:
-    """What a value's entries along an axis sum to: 1 for a softmax, 0 for an instance norm of one; and what says so.
-
-    Law:      where n entries sum to one in every row, the mean of a map is 1 / n, and a norm that subtracts it leaves
-              rows that sum to zero
-    Refuses:  anything that multiplies in between; a norm with weights or running statistics; weights that are returned
-    """
-    chain: list[fx.Node] = []
-    at: int | None = axis % len(shape_of(node))
-    while at is not None and not any(user.op == "output" for user in node.users):
-        chain.append(node)
-        if node.target in _SOFTMAXES:
-            return (1, tuple(chain)) if arguments_of(node)["dim"] % len(shape_of(node)) == at else None
-        if node.target is aten.instance_norm.default and at >= 2 and _only_centres(node):
-            inner = row_sum(node.args[0], at)  # type: ignore[arg-type]  # a node
-            return None if inner is None or inner[0] != 1 else (0, (*chain, *inner[1]))
-        if not computes_nothing(node):
-            return None
-        at, node = axis_before(node, at), carried(node)  # type: ignore[assignment]  # it computes nothing
-    return None
-
-
-def _only_centres(norm: fx.Node) -> bool:
-    given = arguments_of(norm)
-    return bool(given["use_input_stats"]) and given["weight"] is None and given["bias"] is None
-
-
 def _averaged(shift: Shift, user: fx.Node, proof: tuple[fx.Node, ...]) -> Shift:
     """The shift of a product with rows that sum to one: the same, for every row."""
     axis = -1 if user.args[0] is shift.node else -2
@@ -184,11 +161,15 @@ def _onward(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list[
         return [_moved(shift, piece) for piece in moves_of(shift.node) if piece.args[0] is user]
     if is_tensor(user) and carried(user) is shift.node and position == 0:
         return [_moved(shift, user)]
-    for rule in (_summed, _multiplied, _scaled):
-        varies = rule(reader, user, position, shift)
+    masked = _masked(reader, user, position, shift)
+    if masked is not None:
+        return [masked]
+    for rule in (_summed, _multiplied):
+        varies = rule(user, position, shift)
         if varies is not None:
             return [shift.on(user, varies)]
-    return None
+    scaled = _scaled(reader, user, position, shift)
+    return None if scaled is None else [scaled]
 
 
 def _moved(shift: Shift, move: fx.Node) -> Shift:
@@ -196,23 +177,35 @@ def _moved(shift: Shift, move: fx.Node) -> Shift:
     return shift.on(move, varying_in(move, shift.varies), None if made is None else lambda: run_move(move, made()))
 
 
-def _summed(reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
-    """A sum, a mask that puts minus infinity, a change of sign: what is added stays added."""
-    masked = user.target in _MASKS and position == 0 and _hides(reader, user)
-    if masked or user.target is aten.neg.default or (user.target in SUMS and position in {0, 1}):
+def _summed(user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
+    """A sum, or a change of sign: what is added stays added."""
+    if user.target is aten.neg.default or (user.target in SUMS and position in {0, 1}):
         return aligned(shift.varies, shift.node, user)
     return None
 
 
-def _hides(reader: Reader, user: fx.Node) -> bool:
-    """Whether entries known beforehand are masked with minus infinity, which no shift changes."""
-    given = arguments_of(user)
+def _masked(reader: Reader, user: fx.Node, position: int, shift: Shift) -> Shift | None:
+    """What is added stays added where entries known beforehand are masked with minus infinity, which no shift changes.
+
+    Refuses:  a finite value instead; a mask that is an input: all of a row could be masked
+    """
+    given = arguments_of(user) if user.target in _MASKS and position == 0 else None
+    if given is None or reader.tensor(given["mask"]) is None:
+        return None
     value = given["value"]
     value = reader.tensor(value) if isinstance(value, fx.Node) else value
-    return reader.tensor(given["mask"]) is not None and value is not None and float(value) == -inf
+    if value is None or float(value) != -inf:
+        return None
+    further = shift.on(user, aligned(shift.varies, shift.node, user))
+    return replace(further, proof=(*shift.proof, *_made_of(given["mask"])))
 
 
-def _multiplied(_reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
+def _made_of(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it is made of."""
+    return [node, *(inner for used in node.all_input_nodes for inner in _made_of(used))]
+
+
+def _multiplied(user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
     """A product of two values: entry by entry, or of matrices, where rows of the first and columns of the second stay apart."""
     if not is_tensor(user) or position not in {0, 1, 2}:
         return None
@@ -228,11 +221,26 @@ def _multiplied(_reader: Reader, user: fx.Node, position: int, shift: Shift) -> 
     return everything if kept % len(shape_of(shift.node)) in shift.varies else everything - {kept % rank}
 
 
-def _scaled(reader: Reader, user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
-    """A scale or a matrix on one axis."""
+def _scaled(reader: Reader, user: fx.Node, position: int, shift: Shift) -> Shift | None:
+    """A scale or a matrix on one axis; a constant on the channels becomes another one."""
     read = operator_of(reader, user)
     axis = channel_axis(read[1], shift.node) if read is not None and read[0] is shift.node else None
-    return None if axis is None or position != 0 else shift.varies | {axis}
+    if axis is None or position != 0:
+        return None
+    amount, numbers, later = shift.amount, shift.numbers, reader.later(user)
+    further = shift.on(user, shift.varies | {axis})
+    if amount is None or numbers is None or not shift.varies <= {axis}:
+        return further
+    return replace(
+        further, amount=lambda: _image(later(), amount(), numbers(), axis), numbers=lambda: numbered(user, axis)
+    )
+
+
+def _image(layer: Any, amount: Tensor, numbers: Tensor, axis: int) -> Tensor:
+    """What a layer makes of constants along an axis, but for its own."""
+    found = along_one_axis(numbers, axis)
+    assert found is not None  # noqa: S101  # it varies along no other axis
+    return layer.gain * amount[found] if isinstance(layer, Scale) else layer.kernel.flatten(1) @ amount[found]
 
 
 def _taken(reader: Reader, shift: Shift, user: fx.Node) -> list[End] | None:
@@ -242,32 +250,16 @@ def _taken(reader: Reader, shift: Shift, user: fx.Node) -> list[End] | None:
     """
     read = operator_of(reader, user) if shift.averaged and shift.numbers is not None else None
     axis = channel_axis(read[1], shift.node) if read is not None and read[0] is shift.node else None
-    if read is None or axis is None or not shift.varies <= {axis} or shift.numbers is None:
+    if read is None or axis is None or not shift.varies <= {axis} or shift.numbers is None or shift.amount is None:
         return None
     numbers = along_one_axis(shift.numbers(), axis)
     named = 1 if axis == 1 and len(shape_of(shift.node)) > 2 else -1
     if numbers is None or isinstance(_with_shift(read[1], len(numbers), named), Refusal):
         return None
-    return [End(user, shift.node, shift.changed, shift.proof, numbers, named)]
+    return [End(user, shift.node, shift.changed, shift.proof, shift.amount()[numbers], named)]
 
 
 def _with_shift(operator: Any, channels: int, axis: int) -> Any:
     """A layer with a shift in front, as one operator without values."""
     shift = torch.empty(channels, dtype=torch.float64, device="meta")
     return compose(Scale(shift, shift, axis), outline(operator))
-
-
-def aligned(axes: frozenset[int], node: fx.Node, result: fx.Node) -> frozenset[int]:
-    """Axes of an argument as axes of a result that it was broadcast to."""
-    more = len(shape_of(result)) - len(shape_of(node))
-    return frozenset(a + more for a in axes)
-
-
-def axes_of(value: Any, rank: int) -> frozenset[int]:
-    """The axes of a result of some rank along which an argument may vary that is broadcast to it."""
-    if not isinstance(value, fx.Node):
-        return frozenset()
-    if value.target in EXPANDS:
-        value = value.args[0]
-    shape = shape_of(value)
-    return frozenset(a + rank - len(shape) for a, size in enumerate(shape) if not (isinstance(size, int) and size == 1))

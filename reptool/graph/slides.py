@@ -16,7 +16,7 @@ from reptool.affine.form import Form, compose, outline
 from reptool.affine.operators import Conv, Identity, Refusal, Scale
 from reptool.graph.carriers import axis_before, carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.values import shape_of, sizes_of
+from reptool.graph.values import EXACT, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -79,8 +79,8 @@ def _slide_back(draft: Draft, node: fx.Node, cost: Cost) -> fx.Node | None:
     moved = _moved(operator, axes, source)
     if moved is None or not _pays(before, source, moved, cost):
         return None
-    exact = _moved(reader.exact(node).terms[0].operator, axes, source)
-    inner = draft.insert(exact, source, like=node)  # type: ignore[arg-type]  # it moves as its outline did
+    inner, later = draft.insert(moved, source, like=node), reader.later(node)
+    inner.meta[EXACT] = lambda: _moved(later(), axes, source)
     source.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
     if isinstance(moved, Conv) and axes is not None:
         _name_channels(passed, axes, moved.out_channels)

@@ -13,12 +13,13 @@ from torch import fx
 
 from reptool.affine.form import without_constant
 from reptool.affine.operators import Conv, Scale
-from reptool.graph.draft import is_tensor
+from reptool.graph.draft import is_tensor, readers
 from reptool.graph.edits import call, replace_by
 from reptool.graph.moves import numbered
-from reptool.graph.shifts import EXPANDS, SUMS, Shift, axes_of, ends_of
+from reptool.graph.rows import EXPANDS, axes_of, is_returned
+from reptool.graph.shifts import SUMS, Shift, ends_of
 from reptool.graph.slides import LAYERS, operator_of
-from reptool.graph.values import EXACT, arguments_of, shape_of
+from reptool.graph.values import EXACT, OPERATOR, arguments_of, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,24 +51,41 @@ def _drop_bias(draft: Draft, node: fx.Node) -> None:
 
     Law:      softmax(A (x + c)) == softmax(A x), if A c is constant along the axis of the softmax;
               P (v + c) == P v + c, if the rows of P sum to one
-    When:     every way from the value leads to a softmax that loses the bias, or to a layer that takes it
-    Refuses:  a value that anybody else reads, the output included; whatever ``shifts`` cannot follow
+    When:     every way from the value leads to a softmax that loses the bias, or to a layer that takes it; of a scale that
+              goes into all who read it, every way from one of these
+    Refuses:  a value that anybody else reads, the output included; whatever ``shifts`` cannot follow; an infinite bias
     Source:   Vaswani et al. 2017, section 3.2; Guo et al. 2021, External Attention, section 3.2
     """
     read = operator_of(draft.reader, node)
     constant = None if read is None else _constant(read[1])
-    if read is None or constant is None:
-        return
+    if read is None or constant is None or constant.is_meta or not bool(torch.isfinite(constant).all()):
+        return  # without values: a layer that another rule has just made, and that keeps its bias
     axis = _axis(read[1]) % len(shape_of(node))
-    ends = ends_of(draft.reader, Shift(node, frozenset({axis}), lambda: numbered(node, axis)))
+    shift = Shift(node, frozenset({axis}), lambda: constant, lambda: numbered(node, axis))
+    ends = ends_of(draft.reader, shift)
+    if ends is None and OPERATOR in node.meta:
+        among = [user for user in readers(node) if ends_of(draft.reader, shift, [user]) is not None]
+        ends = ends_of(draft.reader, shift, among) if among else None
+        node = node if ends is None else _apart(draft, node, among)
     if not ends:
         return
     for end in ends:
         if end.taken is not None:
-            _hand_on(draft, end, constant)
+            _hand_on(draft, end, end.taken)
     for end in ends:
-        draft.forget((*end.changed, *end.proof))
+        draft.forget((*end.changed[1:], *end.proof))
+    draft.forget([node])
     _without_constant(draft, node, read)
+
+
+def _apart(draft: Draft, node: fx.Node, among: list[fx.Node]) -> fx.Node:
+    """A copy of a node that a rule made, for some of those who read it."""
+    with draft.graph.inserting_after(node):
+        copy = draft.graph.node_copy(node)
+    copy.meta = dict(node.meta)
+    for reader in among:
+        reader.replace_input_with(node, copy)
+    return copy
 
 
 def _constant(layer: Operator) -> Tensor | None:
@@ -87,9 +105,8 @@ def _axis(layer: Operator) -> int:
     return 1 if isinstance(layer, Conv) and layer.rank else -1
 
 
-def _hand_on(draft: Draft, end: End, constant: Tensor) -> None:
+def _hand_on(draft: Draft, end: End, shift: Tensor) -> None:
     """Let the layer at the end read the value with the constant added, which it then folds in."""
-    shift = constant[end.taken]
     added = draft.insert(Scale(torch.ones_like(shift), shift, end.axis), end.value, like=end.reader)
     if end.value in draft.origin:
         draft.origin[added] = draft.origin[end.value]
@@ -143,7 +160,7 @@ def _is_finite(reader: Reader, term: Any) -> bool:
     constant = reader.constant(term)
     if constant is not None:
         return bool(torch.isfinite(constant).all())
-    made: Any = term.args[0] if term.target in EXPANDS else term
+    made: Any = term.args[0] if term.target in EXPANDS and not is_returned(term) else term
     made = made.args[0] if made.target is operator.getitem else made
     return made.target in _REDUCTIONS
 

@@ -56,12 +56,14 @@ def _apply_once(draft: Draft, total: fx.Node, cost: Cost) -> None:
     draft.supersede(total, _sum(draft, total, [once, *(term for term in terms if term not in alike)]))
 
 
-def _terms(node: fx.Node) -> list[fx.Node]:
-    """The terms of a sum, those of sums that nobody else reads included."""
-    found: list[fx.Node] = []
+def _terms(node: fx.Node) -> list[Any]:
+    """The terms of a sum but zeros, those of sums that nobody else reads included."""
+    found: list[Any] = []
     for term in node.args[:2]:
-        plain = isinstance(term, fx.Node) and term.target is aten.add.Tensor and _is_inner(term)
-        found += _terms(term) if plain else [term]  # type: ignore[arg-type, list-item]  # see plain
+        if isinstance(term, fx.Node) and term.target is aten.add.Tensor and _is_inner(term):
+            found += _terms(term)
+        elif not _is_zero(term):
+            found.append(term)
     return found
 
 
@@ -71,11 +73,17 @@ def _is_inner(node: fx.Node) -> bool:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    return (
-        node.target is aten.add.Tensor
-        and not node.kwargs
-        and all(is_tensor(a) and shape_of(a) == shape_of(node) for a in node.args)
-    )  # type: ignore[arg-type]
+    """Whether a node adds values of its own shape, or zero to one."""
+    return node.target is aten.add.Tensor and not node.kwargs and all(_is_zero(a) or _fits(a, node) for a in node.args)
+
+
+def _fits(value: Any, node: fx.Node) -> bool:
+    return is_tensor(value) and shape_of(value) == shape_of(node)
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a term is the number with which Python's own sum begins."""
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _key(term: Any) -> Any:

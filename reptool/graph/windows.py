@@ -41,8 +41,9 @@ def flatten_windows(draft: Draft, cost: Cost) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Leaf:
-    """One operand of a sum: a convolution over ``source``, then scales, shown in other shapes by ``shapes``, last first."""
+    """One operand of a sum: ``conv`` over ``source``, then scales, shown in other shapes by ``shapes``, last first."""
 
+    conv: fx.Node
     source: fx.Node
     branch: Branch
     shapes: tuple[fx.Node, ...]
@@ -64,7 +65,7 @@ def _add_windows(draft: Draft, node: fx.Node, cost: Cost) -> None:
         price += leaf.branch.price(cost) + addition(sizes_of(node))
     if total is None or total.price(cost) > price:
         return
-    made = insert(draft, total, like=node)
+    made = insert(draft, total, like=home.conv)
     for shape in reversed(home.shapes):
         shape.args = (made, *shape.args[1:])
         draft.forget([shape])
@@ -131,7 +132,7 @@ def _closed(
     for at, scale in reversed(scales):
         on = _on_conv(scale, at, node)
         branch = None if on is None or branch is None else branch.then(outline(on), lambda on=on: on)  # type: ignore[misc]
-    return None if branch is None else _Leaf(atom, branch, tuple(shapes))
+    return None if branch is None else _Leaf(node, atom, branch, tuple(shapes))
 
 
 def _on_conv(scale: Scale, value: fx.Node, conv: fx.Node) -> Scale | None:

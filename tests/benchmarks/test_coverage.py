@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import _measure
 from _measure import LAYER_SCALE
 from _networks import TARGETS, Network, matching, randomise
 from _render import COLUMNS, cells, markdown
@@ -116,6 +117,35 @@ def test_nothing_stays_fresh():
         assert not norm.training
     with torch.no_grad():
         assert 0.01 < net(network.images(2, 5)).abs().max() < 100
+
+
+def test_a_network_that_ignores_its_image_is_refused():
+    """A classifier of zeros would agree with anything: it is drawn too, and what ignores its image for good is an error."""
+    torch.manual_seed(0)
+    head = nn.Linear(48, 5)
+    nn.init.zeros_(head.weight)
+    randomise(Network("test/net", nn.Sequential(nn.Flatten(), head).eval(), 4), 0)
+    assert head.weight.all()
+    deaf = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Softmax(1), nn.Flatten(1), nn.AdaptiveAvgPool1d(1), nn.Linear(1, 5))
+    with pytest.raises(ArithmeticError, match="same scores"):
+        randomise(Network("test/net", deaf.eval(), 4), 0)
+
+
+def test_a_fault_in_one_weight_is_an_error(monkeypatch):
+    """The two forms agree to the last digits; with one weight changed by a millionth they do not."""
+    torch.manual_seed(0)
+    network = Network("test/net", nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), 8)
+    randomise(network, 0)
+    assert _measure._error(network) < 1e-12
+
+    def faulty(module, example, fuse=_measure.reptool.fuse):
+        fused = fuse(module, example)
+        with torch.no_grad():
+            next(fused.parameters())[0, 0, 0, 0] *= 1 + 1e-6
+        return fused
+
+    monkeypatch.setattr(_measure.reptool, "fuse", faulty)
+    assert _measure._error(network) > coverage.LARGEST_ERROR
 
 
 def figures(**changes):

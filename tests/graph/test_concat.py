@@ -118,7 +118,7 @@ FUSIBLE = {
         behind_slices,
         lambda: {"a": CONV(4, 6, 3), "m": BN2(3)},
         IMAGE,
-        {"Conv2d": 1, "slice": 4, "relu": 1, "tanh": 1, "add": 1},
+        {"Conv2d": 1, "slice": 2, "relu": 1, "tanh": 1, "add": 1},
     ),
     "scaled queries": (
         attention,

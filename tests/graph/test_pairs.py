@@ -1,0 +1,203 @@
+"""Two branches are weighed by one sigmoid, and a shared layer is applied once to a sum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from blocks import Lambda, error, fused_equal, noise, operators
+from graph.attention_nets import Select, stirred
+from torch import nn
+
+import reptool.fusion
+from reptool.errors import NotEquivalentError
+from reptool.graph import pairs, sums
+from reptool.proof.region import TOLERANCE
+
+IMAGE, ROWS = (2, 8, 5, 6), (2, 6)
+
+
+@pytest.mark.parametrize("form", ["stack", "select", "chunk", "split", "crossed", "two layers"])
+def test_softmax_over_two_is_a_sigmoid(form):
+    """However it is written, one layer of half the channels, a sigmoid and one product are left."""
+    torch.manual_seed(0)
+    model = stirred(Select(form))
+    fused = fused_equal(model, noise(*IMAGE))
+    kinds = operators(fused)
+    assert kinds.keys().isdisjoint({"softmax", "select", "slice", "chunk", "split", "getitem"})
+    assert (kinds["sigmoid"], kinds["sub"], kinds["mul"]) == (1, 1, 1)
+    assert (8, 4) in {tuple(p.shape[:2]) for p in fused.parameters() if p.dim() > 1}
+    for batch in (1, 3):
+        assert error(model, fused, noise(batch, 8, 7, 4, seed=5)) <= TOLERANCE
+
+
+def test_stack_is_gone():
+    """Where the branches were stacked, their sum needs no stack any more."""
+    model = stirred(Select("stack", bias=False))
+    assert "stack" not in operators(fused_equal(model, noise(*IMAGE)))
+
+
+def weigh(function, size: int = 16):
+    """Two convolutions u and v of the same image, and logits of a pooled one, viewed as (n, 2, c, 1, 1)."""
+
+    def forward(self, x):
+        logits = self.logits(x.mean((2, 3))).view(x.shape[0], 2, -1, 1, 1)
+        return function(torch.tanh(self.u(x)), torch.tanh(self.v(x)), logits)
+
+    layers = {name: nn.Conv2d(8, 8, 1) for name in ("u", "v")}
+    return Lambda(forward, logits=nn.Linear(8, size), **layers)
+
+
+def product(u, v, a):
+    """The two branches, weighed and summed."""
+    return (torch.stack([u, v], 1) * a).sum(1)
+
+
+PARTLY = {
+    "three branches": lambda: Select("stack", count=3),
+    "weights that are returned": lambda: Select("returned"),
+    "difference of the branches": lambda: Select("difference"),
+    "logits that others read": lambda: weigh(lambda u, v, z: (product(u, v, z.softmax(1)), z)),
+    "sum that keeps its axis": lambda: weigh(
+        lambda u, v, z: (torch.stack([u, v], 1) * z.softmax(1)).sum(1, keepdim=True)
+    ),
+    "sum over another axis": lambda: weigh(lambda u, v, z: (torch.stack([u, v], 1) * z.softmax(1)).sum(2)),
+    "weights changed in between": lambda: weigh(lambda u, v, z: product(u, v, z.softmax(1) * 2.0 + 1.0)),
+    "stack of another axis": lambda: weigh(
+        lambda u, v, z: (torch.stack([u, v], 2) * z.softmax(1).transpose(1, 2)).sum(2)
+    ),
+    "the same weight twice": lambda: weigh(lambda u, v, z: u * (a := z.softmax(1))[:, 0] + v * a[:, 0]),
+    "one weight alone": lambda: weigh(lambda u, v, z: u * z.softmax(1)[:, 0] + v),
+    "weights moved differently": lambda: weigh(lambda u, v, z: u * (a := z.softmax(1))[:, 0] + v * a[:, 1].roll(1, 1)),
+    "branches of different shapes": lambda: weigh(
+        lambda u, v, z: u * (a := z.softmax(1))[:, 0] + v.mean((2, 3), keepdim=True) * a[:, 1]
+    ),
+    "softmax in another precision": lambda: weigh(lambda u, v, z: product(u, v, z.softmax(1, dtype=torch.float64))),
+}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_softmax_stays_where_the_pattern_is_not_whole(name):
+    """What is no choice between two branches keeps its softmax."""
+    torch.manual_seed(0)
+    fused = fused_equal(stirred(PARTLY[name]()), noise(*IMAGE))
+    assert operators(fused)["softmax"] == 1
+    assert "sigmoid" not in operators(fused)
+
+
+@pytest.mark.peers
+def test_timm_selective_kernel():
+    """The module of timm becomes four convolutions and a sigmoid."""
+    from peers import import_timm
+
+    torch.manual_seed(0)
+    model = stirred(import_timm().layers.SelectiveKernel(16, groups=2, rd_channels=8, split_input=False))
+    kinds = operators(fused_equal(model, noise(2, 16, 5, 6)))
+    assert (kinds["Conv2d"], kinds["sigmoid"]) == (4, 1)
+    assert kinds.keys().isdisjoint({"softmax", "stack", "sum"})
+
+
+@pytest.mark.parametrize("place", ["kernel", "bias"])
+def test_wrong_difference_is_caught(place, monkeypatch):
+    """Control: a difference of logits with one channel off is caught by the proof of the region."""
+
+    def wrong(layer, one, other, right=pairs._less):
+        made = right(layer, one, other)
+        tensor = getattr(made, place)
+        return made if tensor.is_meta else replace(made, **{place: tensor + torch.eye(8, tensor.shape[-1])[0]})
+
+    monkeypatch.setattr(pairs, "_less", wrong)
+    with pytest.raises(NotEquivalentError, match="not equal after fusing"):
+        reptool.fusion.fuse(stirred(Select("stack")), (noise(*IMAGE),))
+
+
+def shared(function, layer=None):
+    """A layer f over two activations of two others, g and h."""
+    return Lambda(function, f=layer or nn.Linear(4, 6), g=nn.Linear(6, 4), h=nn.Linear(6, 4))
+
+
+def pooled(self, x):
+    """CBAM's shared network over a mean and a maximum."""
+    return x * torch.sigmoid(self.mlp(x.mean((2, 3), keepdim=True)) + self.mlp(x.amax((2, 3), keepdim=True)))
+
+
+def mlp(bias: bool = True):
+    """Two layers of one pixel."""
+    return nn.Sequential(nn.Conv2d(8, 4, 1, bias=bias), nn.ReLU(), nn.Conv2d(4, 8, 1, bias=bias))
+
+
+CONV = nn.Conv2d(8, 6, 3, padding=1)
+# name: network, input shape, calls of layers left
+ONCE = {
+    "shared network": (lambda: Lambda(pooled, mlp=mlp()), IMAGE, {"Conv2d": 3}),
+    "shared network without a bias": (lambda: Lambda(pooled, mlp=mlp(bias=False)), IMAGE, {"Conv2d": 3}),
+    "convolution with a border": (
+        lambda: Lambda(lambda s, x: s.f(x.relu()) + s.f(x.tanh()), f=CONV),
+        IMAGE,
+        {"Conv2d": 1},
+    ),
+    "three terms": (
+        lambda: shared(lambda s, x: s.f(s.g(x).relu()) + s.f(s.h(x).tanh()) + s.f(s.h(x).sin())),
+        ROWS,
+        {"Linear": 4},
+    ),
+    "Python's sum": (
+        lambda: shared(lambda s, x: sum(s.f(y) for y in (s.g(x).relu(), s.h(x).tanh()))),
+        ROWS,
+        {"Linear": 3},
+    ),
+    "another term among them": (
+        lambda: shared(lambda s, x: (s.f(s.g(x).relu()) + x) + s.f(s.h(x).tanh())),
+        ROWS,
+        {"Linear": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_shared_layer_is_applied_once(name):
+    """A layer of two values that are added is applied to their sum, with all of its biases."""
+    torch.manual_seed(0)
+    build, shape, left = ONCE[name]
+    model = stirred(build())
+    fused = fused_equal(model, noise(*shape))
+    kinds = operators(fused)
+    assert {kind: kinds[kind] for kind in left} == left
+    for batch in (1, 3):
+        assert error(model, fused, noise(batch, *shape[1:], seed=5)) <= TOLERANCE
+
+
+TWICE = {
+    "other weights": lambda: shared(lambda s, x: s.f(s.g(x).relu()) + s.e(s.h(x).tanh()), None),
+    "term that is returned": lambda: shared(lambda s, x: ((a := s.f(s.g(x).relu())) + s.f(s.h(x).tanh()), a)),
+    "difference": lambda: shared(lambda s, x: s.f(s.g(x).relu()) - s.f(s.h(x).tanh())),
+    "factor": lambda: shared(lambda s, x: torch.add(s.f(s.g(x).relu()), s.f(s.h(x).tanh()), alpha=2)),
+    "activation in between": lambda: shared(lambda s, x: s.f(s.g(x).relu()).relu() + s.f(s.h(x).tanh())),
+    "values of different shapes": lambda: shared(lambda s, x: s.f(s.g(x).relu()) + s.f(s.h(x[:1]).tanh())),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_layer_is_applied_twice(name):
+    """What is no sum of one layer of like values stays two layers."""
+    torch.manual_seed(0)
+    model = TWICE[name]()
+    model.e = nn.Linear(4, 6)
+    assert operators(fused_equal(stirred(model), noise(*ROWS)))["Linear"] == 4
+
+
+def test_sum_in_front_is_not_worth_it():
+    """Where a layer costs nothing, adding its wider inputs costs more than adding its results."""
+    model = stirred(shared(lambda s, x: s.f(s.g(x).relu()) + s.f(s.h(x).tanh()), nn.Linear(4, 1)))
+    fused = fused_equal(model, noise(64, 6), cost=lambda *_: 0.0)
+    assert operators(fused)["Linear"] == 4
+
+
+def test_layers_with_other_weights_are_not_taken_for_one(monkeypatch):
+    """Control: a sum of two different layers written as one is caught by the proof of the region."""
+    monkeypatch.setattr(sums, "_key", lambda term: term.target)
+    model = shared(lambda s, x: s.f(s.g(x).relu()) + s.e(s.h(x).tanh()))
+    model.e = nn.Linear(4, 6)
+    with pytest.raises(NotEquivalentError, match="not equal after fusing"):
+        reptool.fusion.fuse(stirred(model), (noise(*ROWS),))
