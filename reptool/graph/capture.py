@@ -232,7 +232,8 @@ def _captured(program: ExportedProgram) -> Captured:
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     if in_spec is None or out_spec is None:
         raise AssertionError("torch.export returned no call spec; please report this")
-    inputs = tuple(n for n in holders if n.name in signature.user_inputs)
+    given = set(signature.user_inputs)  # a property that makes a new list each time
+    inputs = tuple(n for n in holders if n.name in given)
     arguments = _argument_names(program, in_spec)
     return Captured(program.graph, state, inputs, in_spec, out_spec, arguments, program.graph_module)
 

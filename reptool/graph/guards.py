@@ -42,7 +42,8 @@ def guard_inputs(program: ExportedProgram) -> None:
     """Let the graph refuse other constants than it was captured with, and sizes that it does not hold for."""
     constants = [spec.arg for spec in program.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)]
     holders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    given = [node for name, node in holders.items() if name in program.graph_signature.user_inputs]
+    names = set(program.graph_signature.user_inputs)
+    given = [node for name, node in holders.items() if name in names]
     tensors = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
     with program.graph.inserting_after(next(reversed(holders.values()), None)):
         for text in reversed(list(dict.fromkeys(_conditions(tensors)))):
