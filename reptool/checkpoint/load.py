@@ -14,7 +14,6 @@ from reptool.checkpoint.health import check_health
 from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.recipes import EPS
 from reptool.errors import InputError
-from reptool.fusion import fuse
 from reptool.models import list_models
 from reptool.proof.endtoend import EXTRA_INPUTS, INPUTS
 
@@ -60,6 +59,8 @@ def module_of(
     network = deployed(found, checkpoint.tensors, eps)
     if not tidy and not any(isinstance(m, _NORMS) for m in network.modules()):
         return network, found
+    from reptool.fusion import fuse  # noqa: PLC0415  # costs a third of a second that recipes do not owe
+
     return fuse(network, (torch.zeros(probe_sizes(network)[0], dtype=_dtype(network)),)), found
 
 

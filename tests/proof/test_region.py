@@ -62,3 +62,11 @@ def test_stored_is_rounded_is_bitwise():
     huge = torch.tensor([1e300], dtype=torch.float64)
     assert not stored_is_rounded(huge, huge.float())
     assert not stored_is_rounded(torch.zeros(1, dtype=torch.float64), -torch.zeros(1))
+
+
+def test_entries_that_are_not_floating_stay_as_they_are():
+    """A mask is a mask on both sides."""
+    masked = lambda x, m: x.masked_fill(m, 0.0)  # noqa: E731
+    entries = (torch.randn(2, 3), torch.tensor([[True, False, True], [False, True, False]]))
+    assert prove_region("masked", masked, masked, [entries]).passed
+    assert not prove_region("masked", masked, lambda x, m: x.masked_fill(~m, 0.0), [entries]).passed
