@@ -98,10 +98,6 @@ def _blocks(before: list[Any], after: list[Any]) -> list[tuple[range, range]]:
     return [*found, (range(last[0], len(before)), range(last[1], len(after)))]
 
 
-def _same(_node: fx.Node, _value: fx.Node, axis: int) -> int | None:
-    return axis
-
-
 def _copied(node: fx.Node, _value: fx.Node, axis: int) -> int | None:
     return None if arguments_of(node).get("train") else axis
 

@@ -150,7 +150,7 @@ def _scale_before_split(draft: Draft, value: fx.Node) -> bool:
     if isinstance(compose(outline(read[1]), outline(whole)), Refusal):
         return False
     inner = draft.insert(whole, value, like=next(iter(scales.values()))[0])
-    value.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
+    draft.redirect(value, inner)
     for node in _between(inner, {part for part, _, _ in sections}):
         draft.forget([node])
     for part, (scale, _) in scales.items():

@@ -52,9 +52,13 @@ class Draft:
         node.meta["val"] = _value_after(operator, atom.meta["val"])
         return node
 
+    def redirect(self, old: fx.Node, new: fx.Node) -> None:
+        """Let ``new`` be read wherever ``old`` was, but by itself; what equals what is not touched."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
     def supersede(self, old: fx.Node, new: fx.Node) -> None:
         """Let ``new`` be read wherever ``old`` was; it equals what ``old`` equalled."""
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.redirect(old, new)
         if old in self.origin:
             self.origin[new] = self.origin.pop(old)
         if not old.users:

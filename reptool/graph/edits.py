@@ -21,7 +21,7 @@ def call(draft: Draft, before: fx.Node, target: Any, *arguments: Any) -> fx.Node
 
 def replace_by(draft: Draft, node: fx.Node, other: fx.Node) -> None:
     """Let another node be read in place of one that it does not equal."""
-    node.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
+    draft.redirect(node, other)
     draft.forget([node])
     draft.graph.erase_node(node)
 

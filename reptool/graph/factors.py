@@ -71,7 +71,7 @@ def _hand_back(draft: Draft, node: fx.Node, value: fx.Node, factor: float) -> No
     gain = torch.ones(channels, dtype=torch.float64)
     gain[own[0]] = factor
     scaled = draft.insert(Scale(gain, None, axis), way.source, like=node)
-    way.source.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    draft.redirect(way.source, scaled)
     draft.forget([held for node in (*own[1], *way.behind, value) for held in holders(node)])
     draft.supersede(node, value)
 

@@ -126,7 +126,7 @@ def _scale_behind(draft: Draft, node: fx.Node) -> None:
     if all(_takes(draft.reader, user, last, moved) for user in last.users):
         passed[0].replace_input_with(node, read[0])
         inner = draft.insert(moved, last, like=node)
-        last.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
+        draft.redirect(last, inner)
         if last in draft.origin:
             draft.origin[inner] = draft.origin[last]
         draft.forget(passed)

@@ -17,7 +17,7 @@ from reptool.graph.carriers import axis_before, carried
 from reptool.graph.concat import folds, sole_reader
 from reptool.graph.draft import is_tensor
 from reptool.graph.pointwise import commutes_with_gain, is_pool
-from reptool.graph.slides import operator_of
+from reptool.graph.slides import operator_of, scale_on
 from reptool.graph.values import shape_of
 
 if TYPE_CHECKING:
@@ -84,9 +84,8 @@ def _onward(node: fx.Node, scale: Scale) -> list[tuple[fx.Node, Scale]]:
     before = None if value is None else axis_before(node, axis)
     if value is None or before is None:
         return []
-    rank = len(shape_of(value))
-    named = 1 if before == 1 and rank > 2 else -1 if before == rank - 1 else None
-    return [] if named is None else [(value, replace(scale, axis=named))]
+    moved = scale_on(scale, before, value)
+    return [] if moved is None else [(value, moved)]
 
 
 def _has_channels(factor: fx.Node, product: fx.Node, axis: int) -> bool:

@@ -81,7 +81,7 @@ def _slide_back(draft: Draft, node: fx.Node, cost: Cost) -> fx.Node | None:
         return None
     inner, later = draft.insert(moved, source, like=node), reader.later(node)
     inner.meta[EXACT] = lambda: _moved(later(), axes, source)
-    source.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
+    draft.redirect(source, inner)
     if isinstance(moved, Conv) and axes is not None:
         _name_channels(passed, axes, moved.out_channels)
     draft.refresh(passed[::-1])
@@ -119,14 +119,25 @@ def channel_axis(operator: Operator, value: fx.Node) -> int | None:
     return None
 
 
+def scale_on(scale: Scale, axis: int, value: fx.Node) -> Scale | None:
+    """The same scale on an axis, counted from 0, of a value; None where scales do not act."""
+    named = _named(axis, value)
+    return None if named is None else replace(scale, axis=named)
+
+
+def _named(axis: int, value: fx.Node) -> int | None:
+    """An axis as operators name it; None where they do not act."""
+    rank = len(shape_of(value))
+    return 1 if axis == 1 and rank > 2 else -1 if axis == rank - 1 else None
+
+
 def _on_axis(operator: Operator, axis: int, value: fx.Node) -> Operator | None:
     """The same scale or matrix on another axis; None where operators do not act."""
-    rank = len(shape_of(value))
-    named = 1 if axis == 1 and rank > 2 else -1 if axis == rank - 1 else None
+    if isinstance(operator, Scale):
+        return scale_on(operator, axis, value)
+    named, rank = _named(axis, value), len(shape_of(value))
     if named is None:
         return None
-    if isinstance(operator, Scale):
-        return replace(operator, axis=named)
     assert isinstance(operator, Conv)  # noqa: S101  # the only other kind with a channel axis
     window = rank - 2 if named == 1 else 0
     kernel = operator.kernel.reshape(*operator.kernel.shape[:2], *[1] * window)

@@ -6,7 +6,7 @@ that can take it, each takes its own copy, and nothing is left of it; where one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx
 from reptool.affine.form import compose, outline
 from reptool.affine.operators import AvgPool, Conv, Refusal, Scale
 from reptool.graph.carriers import axis_after, carried
-from reptool.graph.slides import operator_of
+from reptool.graph.slides import operator_of, scale_on
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ def _carried_on(user: fx.Node, node: fx.Node, scale: Scale) -> Scale | None:
     if carried(user) is not node or user.all_input_nodes.count(node) != 1:
         return None
     axis = axis_after(user, scale.axis % len(shape_of(node)))
-    rank = len(shape_of(user))
-    named = None if axis is None else 1 if axis == 1 and rank > 2 else -1 if axis == rank - 1 else None
-    return None if named is None else replace(scale, axis=named)
+    return None if axis is None else scale_on(scale, axis, user)
 
 
 def _takes(reader: Reader, way: _Way) -> bool:

@@ -224,7 +224,7 @@ def _gathered(branches: list[Branch], cost: Cost) -> list[Branch]:
     for _, group in groupby(sorted(branches, key=lambda b: b.atom.name), key=lambda b: b.atom):
         kept: list[Branch] = []
         for branch in group:
-            both = _added(kept[-1], branch) if kept else None
+            both = added(kept[-1], branch) if kept else None
             if both is not None and both.price(cost) <= kept[-1].price(cost) + branch.price(cost) + addition(
                 both.shape
             ):
@@ -235,7 +235,7 @@ def _gathered(branches: list[Branch], cost: Cost) -> list[Branch]:
     return found
 
 
-def _added(one: Branch, other: Branch) -> Branch | None:
+def added(one: Branch, other: Branch) -> Branch | None:
     """Two branches of the same value as one that gives their sum."""
     made = merge(one.operator, other.operator)
     if isinstance(made, Refusal):

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from reptool.affine.form import merge, outline
+from reptool.affine.form import outline
 from reptool.affine.operators import Conv, Identity, Refusal, Scale
 from reptool.affine.window import conv_is_block_matrix, conv_is_matrix
 from reptool.graph.concat import sole_reader
 from reptool.graph.cost import addition
 from reptool.graph.flattening import features_of, flat_scale, reshaped, window_of
 from reptool.graph.slides import operator_of
-from reptool.graph.stacks import Branch, demand, insert
+from reptool.graph.stacks import Branch, added, demand, insert
 from reptool.graph.values import arguments_of, sizes_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _add_windows(draft: Draft, node: fx.Node, cost: Cost) -> None:
     for part, leaf in zip(parts, leaves, strict=True):
         if total is None or part is None:
             return
-        total = part if part is parts[0] else _sum(total, part)
+        total = part if part is parts[0] else added(total, part)
         price += leaf.branch.price(cost) + addition(sizes_of(node))
     if total is None or total.price(cost) > price:
         return
@@ -168,13 +168,6 @@ def _as_matrix(leaf: _Leaf, home: _Leaf) -> Branch | None:
         return demand(law(whole, size))
 
     return Branch(home.source, outline(made), exact, home.branch.shape)
-
-
-def _sum(one: Branch, other: Branch) -> Branch | None:
-    made = merge(one.operator, other.operator)
-    if isinstance(made, Refusal):
-        return None
-    return Branch(one.atom, outline(made), lambda: demand(merge(one.exact(), other.exact())), one.shape)
 
 
 def _shown(node: fx.Node) -> list[fx.Node]:
