@@ -17,7 +17,7 @@ from reptool.checkpoint.atomic import atomic_file, check_target
 from reptool.errors import ExportError, InconclusiveError, InputError, NotEquivalentError
 from reptool.formats.onnx import check_options, export_onnx
 from reptool.formats.record import ExportRecord, need, require_eval
-from reptool.formats.runners import in_structure, onnx_runner, torchscript_runner
+from reptool.formats.runners import onnx_runner, structured_like, torchscript_runner
 from reptool.formats.torchscript import append_extra, export_torchscript, read_extra
 from reptool.formats.wire import DIGEST_KEY, append_metadata, read_metadata, seal
 from reptool.proof.endtoend import enough_inputs, verify_models
@@ -182,10 +182,9 @@ def _candidate(job: _Job, path: Path) -> tuple[Callable[..., Any], int]:
     runner = onnx_runner(path) if job.format == "onnx" else torchscript_runner(path)
     example = tuple(x[:1] if job.dynamic != "none" else x for x in job.example)
     with torch.inference_mode():
-        leaves, _ = tree_flatten(job.module(*example))
-    return in_structure(runner, job.module, example), min(
-        (leaf.numel() // max(1, len(leaf)) for leaf in leaves), default=1
-    )
+        returned = job.module(*example)
+    values = (leaf.numel() // max(1, len(leaf)) for leaf in tree_flatten(returned)[0])
+    return structured_like(runner, returned), min(values, default=1)
 
 
 def _sizes(job: _Job, count: int) -> list[tuple[tuple[int, ...], ...]]:

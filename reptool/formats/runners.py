@@ -56,7 +56,12 @@ def in_structure(run: Callable[..., Any], module: nn.Module, example: tuple[Tens
     if isinstance(run, nn.Module):
         return run
     with torch.inference_mode():
-        leaves, spec = tree_flatten(module(*example))
+        return structured_like(run, module(*example))
+
+
+def structured_like(run: Callable[..., Any], returned: Any) -> Callable[..., Any]:
+    """A runner whose flat outputs come back in the structure of something that was returned."""
+    leaves, spec = tree_flatten(returned)
 
     def structured(*inputs: Tensor) -> Any:
         flat, _ = tree_flatten(run(*inputs))

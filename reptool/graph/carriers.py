@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from reptool.graph.draft import is_tensor
-from reptool.graph.values import arguments_of, shape_of
+from reptool.graph.values import SIZED, arguments_of, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default, aten.dropout.default)
 _SHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,  # noqa: SLF001  # ATen's name
+    *SIZED,
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.reshape_as.default,

@@ -45,8 +45,10 @@ class Draft:
 
     def insert(self, operator: Operator, atom: fx.Node, like: fx.Node) -> fx.Node:
         """A new node that applies an operator to ``atom``, right behind it; it belongs to the module of ``like``."""
-        last_input = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
-        with self.graph.inserting_after(last_input[0] if atom.op == "placeholder" else atom):
+        place = atom
+        if atom.op == "placeholder":  # inputs stay together
+            place = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(place):
             node = self.graph.call_function(apply, (atom,))
         node.meta = {OPERATOR: operator, "nn_module_stack": like.meta.get("nn_module_stack")}
         node.meta["val"] = _value_after(operator, atom.meta["val"])

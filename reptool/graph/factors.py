@@ -18,7 +18,7 @@ from reptool.graph.carriers import carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.moves import PARTINGS, holders, moved_from, moves_of, numbered, run_move, run_moves
 from reptool.graph.shifts import PRODUCTS
-from reptool.graph.slides import operator_of
+from reptool.graph.slides import operator_of, output_axis
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _hand_back(draft: Draft, node: fx.Node, value: fx.Node, factor: float) -> No
 def _axis(reader: Reader, source: fx.Node) -> int:
     read = operator_of(reader, source)
     assert read is not None  # noqa: S101  # see _way
-    return read[1].axis if isinstance(read[1], Scale) else 1 if isinstance(read[1], Conv) and read[1].rank else -1
+    return output_axis(read[1])
 
 
 def _factor(reader: Reader, node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -15,16 +15,16 @@ from reptool.affine.pointwise import flatten_scale
 from reptool.graph.concat import folds, sole_reader
 from reptool.graph.draft import is_tensor
 from reptool.graph.slides import operator_of
-from reptool.graph.values import arguments_of, fixed, shape_of, sizes_of
+from reptool.graph.values import SIZED, arguments_of, fixed, same_size, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from reptool.graph.draft import Draft
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
-_SIZED = frozenset((aten.view.default, aten.reshape.default, aten._unsafe_view.default))  # noqa: SLF001  # ATen's name
-_RESHAPES = _SIZED.union(
+_RESHAPES = frozenset(
     (
+        *SIZED,
         *(aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
         *(aten.clone.default, aten.contiguous.default, aten.alias.default),
     )
@@ -47,7 +47,7 @@ def reshaped(node: object) -> fx.Node | None:
 
 def window_of(node: fx.Node) -> tuple[int, ...] | None:
     """The sizes of a value's axes behind the batch, where they are fixed, be it by the reshape that makes them."""
-    given = node.args[1] if node.target in _SIZED else ()
+    given = node.args[1] if node.target in SIZED else ()
     named = given if isinstance(given, (list, tuple)) and len(given) == len(shape_of(node)) else shape_of(node)
     sizes = [n if isinstance(n, int) and n >= 0 else fixed(s) for n, s in zip(named, shape_of(node), strict=True)]
     known = tuple(s for s in sizes[1:] if s is not None)
@@ -64,10 +64,9 @@ def _keeps_batch(node: fx.Node) -> bool:
     """Whether the first axis of a reshaped value is that of its input, whatever the sizes are."""
     source = node.args[0]
     assert isinstance(source, fx.Node)  # noqa: S101  # see reshaped
-    if node.target in _SIZED:
+    if node.target in SIZED:
         first: Any = node.args[1][0]  # type: ignore[index]  # a list of sizes
-        here, there = (getattr(getattr(n, "node", None), "expr", n) for n in (shape_of(node)[0], shape_of(source)[0]))
-        return first != -1 and bool(here == there)
+        return first != -1 and same_size(shape_of(node)[0], shape_of(source)[0])
     return node.target is aten.flatten.using_ints and arguments_of(node)["start_dim"] % len(shape_of(source)) > 0
 
 

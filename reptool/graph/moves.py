@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from reptool.graph.carriers import carried, computes_nothing, varying_after
 from reptool.graph.draft import is_tensor
-from reptool.graph.values import arguments_of, shape_of, sizes_of
+from reptool.graph.values import arguments_of, example_size, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,5 +97,5 @@ def along_one_axis(numbers: Tensor, axis: int) -> Tensor | None:
 def at_example(value: Any) -> Any:
     """A size as a number, or a tensor of a value's shape."""
     if isinstance(value, Tensor):
-        return torch.empty([int(s) if isinstance(s, int) else int(s.node.hint) for s in value.shape])
+        return torch.empty([example_size(s) for s in value.shape])
     return value.node.hint if hasattr(value, "node") else value

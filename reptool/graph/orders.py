@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from reptool.graph.carriers import axis_after
-from reptool.graph.values import arguments_of, shape_of, sizes_of
+from reptool.graph.values import SIZED, arguments_of, same_size, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
-_SHAPED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)  # noqa: SLF001  # ATen's name
+_SHAPED = (*SIZED, aten.flatten.using_ints)
 _INDICES = (aten.flip.default, aten.channel_shuffle.default, aten.index_select.default, aten.index.Tensor)
 _COPIES = (aten.clone.default, aten.contiguous.default)
 
@@ -91,8 +91,8 @@ def _shuffled(node: fx.Node) -> Index | None:
     if len(wide) != len(shape) + 1 or not all(isinstance(s, int) for s in (shape[1], *wide[1:3])):
         return None
     exchanged = [axis_after(turned, a) for a in range(len(wide))] == [0, 2, 1, *range(3, len(wide))]
-    rest = _same(shape[0], wide[0]) and all(map(_same, shape[2:], wide[3:])) and wide[1] * wide[2] == shape[1]
-    back = len(shape_of(node)) == len(shape) and all(map(_same, shape, shape_of(node)))
+    rest = same_size(shape[0], wide[0]) and all(map(same_size, shape[2:], wide[3:])) and wide[1] * wide[2] == shape[1]
+    back = len(shape_of(node)) == len(shape) and all(map(same_size, shape, shape_of(node)))
     return Index(node, parted, value, 1, _shuffle(shape[1], wide[1])) if exchanged and rest and back else None
 
 
@@ -102,7 +102,3 @@ def _before(node: fx.Node) -> fx.Node | None:
     while isinstance(value, fx.Node) and value.target in _COPIES and len(value.users) == 1:
         value = value.args[0]
     return value if isinstance(value, fx.Node) and len(value.users) == 1 and value.op == "call_function" else None
-
-
-def _same(one: object, other: object) -> bool:
-    return getattr(getattr(one, "node", None), "expr", one) == getattr(getattr(other, "node", None), "expr", other)

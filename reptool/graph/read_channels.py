@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from reptool.affine.form import Form, Term
 from reptool.affine.lower import norm_is_scale
 from reptool.affine.operators import BatchNorm, Identity, Operator, Refusal, Scale, double
-from reptool.graph.values import shape_of
+from reptool.graph.values import example_size, shape_of
 
 if TYPE_CHECKING:
     from reptool.graph.read import Reader
@@ -31,7 +31,7 @@ def one(node: Any, operator: Operator | Refusal) -> Reading:
 def channels_of(node: fx.Node) -> int:
     """The size of axis 1, in the example if it is not fixed."""
     channels = shape_of(node)[1]
-    return channels if isinstance(channels, int) else int(channels.node.hint)
+    return example_size(channels)
 
 
 def batch_norm(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:

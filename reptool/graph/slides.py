@@ -16,7 +16,7 @@ from reptool.affine.form import Form, compose, outline
 from reptool.affine.operators import Conv, Identity, Refusal, Scale
 from reptool.graph.carriers import axis_before, carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.values import EXACT, shape_of, sizes_of
+from reptool.graph.values import EXACT, SIZED, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
-_SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)  # noqa: SLF001  # ATen's name
 LAYERS = (
     *(aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.convolution.default),
@@ -131,6 +130,13 @@ def _named(axis: int, value: fx.Node) -> int | None:
     return 1 if axis == 1 and rank > 2 else -1 if axis == rank - 1 else None
 
 
+def output_axis(operator: Operator) -> int:
+    """The channel axis of an operator's result, as scales name it."""
+    if isinstance(operator, Scale):
+        return operator.axis
+    return 1 if isinstance(operator, Conv) and operator.rank else -1
+
+
 def _on_axis(operator: Operator, axis: int, value: fx.Node) -> Operator | None:
     """The same scale or matrix on another axis; None where operators do not act."""
     if isinstance(operator, Scale):
@@ -177,7 +183,7 @@ def _works_at_any_width(carrier: fx.Node) -> bool:
 def _name_channels(passed: list[fx.Node], axes: list[int], channels: int) -> None:
     """Put the new number of channels where a carrier names the old one."""
     for carrier, axis in zip(passed, axes, strict=False):
-        if carrier.target in _SIZED:
+        if carrier.target in SIZED:
             sizes = list(carrier.args[1])  # type: ignore[arg-type]
             if sizes[axis] != -1:
                 sizes[axis] = channels

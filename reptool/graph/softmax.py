@@ -18,7 +18,7 @@ from reptool.graph.edits import call, replace_by
 from reptool.graph.moves import numbered
 from reptool.graph.rows import EXPANDS, axes_of, is_returned
 from reptool.graph.shifts import SUMS, Shift, ends_of
-from reptool.graph.slides import LAYERS, operator_of
+from reptool.graph.slides import LAYERS, operator_of, output_axis
 from reptool.graph.values import EXACT, OPERATOR, arguments_of, shape_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _drop_bias(draft: Draft, node: fx.Node) -> None:
     constant = None if read is None else _constant(read[1])
     if read is None or constant is None or constant.is_meta or not bool(torch.isfinite(constant).all()):
         return  # without values: a layer that another rule has just made, and that keeps its bias
-    axis = _axis(read[1]) % len(shape_of(node))
+    axis = output_axis(read[1]) % len(shape_of(node))
     shift = Shift(node, frozenset({axis}), lambda: constant, lambda: numbered(node, axis))
     ends = ends_of(draft.reader, shift)
     if ends is None and OPERATOR in node.meta:
@@ -96,13 +96,6 @@ def _constant(layer: Operator) -> Tensor | None:
         case Scale():
             return layer.shift
     return None
-
-
-def _axis(layer: Operator) -> int:
-    """The channel axis of an operator's result."""
-    if isinstance(layer, Scale):
-        return layer.axis
-    return 1 if isinstance(layer, Conv) and layer.rank else -1
 
 
 def _hand_on(draft: Draft, end: End, shift: Tensor) -> None:

@@ -133,7 +133,7 @@ class _Walk:
 
     def tidy(self) -> None:
         """Erase what nobody reads any more."""
-        for old in reversed([n for n in self.draft.graph.nodes if n in self.copies]):
+        for old in reversed(list(self.copies)):
             if not old.users:
                 self.draft.origin.pop(old, None)
                 self.draft.graph.erase_node(old)

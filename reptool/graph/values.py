@@ -17,6 +17,8 @@ _CONSTANTS: frozenset[Any] = frozenset(
     )
 )
 """What makes a constant of nothing."""
+SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)  # noqa: SLF001  # ATen's name
+"""What shows a value in a shape that is given as a list of sizes."""
 OPERATOR = "operator"
 """The entry of a node's ``meta`` that holds the operator it stands for, where a rule made the node."""
 EXACT = "exact"
@@ -30,7 +32,21 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 def sizes_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's value at the example's sizes."""
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in shape_of(node))
+    return tuple(map(example_size, shape_of(node)))
+
+
+def example_size(size: Any) -> int:
+    """A size as it is in the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are the same number, or the same symbol."""
+    return bool(_expression(one) == _expression(other))
+
+
+def _expression(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr
 
 
 def fixed(size: Any) -> int | None:

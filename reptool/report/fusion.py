@@ -64,7 +64,11 @@ class FusionReport:
 
     def summary(self, lines: int = 5) -> str:
         """A few lines: how much was fused, what is left, and the commonest reasons."""
-        before, after = (sum((Counter(side(r)) for r in self.regions), Counter()) for side in (_before, _after))
+        before: Counter[str] = Counter()
+        after: Counter[str] = Counter()
+        for region in self.regions:
+            before.update(region.before)
+            after.update(region.after)
         text = [
             f"{len(self.regions)} regions fused and proved, largest error {self.worst_error:.1e}",
             f"  {_counts(before)} -> {_counts(after) or 'nothing'}",
@@ -74,14 +78,6 @@ class FusionReport:
             text.append(f"             and {len(self.left) - lines} more")
         reasons = Counter(why for _, why in self.kept_apart).most_common(lines)
         return "\n".join([*text, *(f"kept apart   {count} x {why}" for why, count in reasons)])
-
-
-def _before(region: Region) -> dict[str, int]:
-    return region.before
-
-
-def _after(region: Region) -> dict[str, int]:
-    return region.after
 
 
 def _counts(kinds: dict[str, int]) -> str:
