@@ -11,23 +11,30 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-VECTORS = Path(__file__).parent / "golden" / "rep"
-LISTINGS = Path(__file__).parent / "golden" / "rep_keys"
+FOLDER = Path(__file__).parent / "golden"
+VECTORS = (FOLDER / "rep", FOLDER / "attention")
+LISTINGS = (FOLDER / "rep_keys", FOLDER / "attention_keys")
 
 
 @dataclass(frozen=True)
 class Golden:
-    """One case: the weights of both forms, an input, and what the training form makes of it in float64.
+    """One case: the weights of both forms, the inputs, and what the training form makes of them in float64.
 
     ``outputs`` has one entry, ``output``, or one for each named output. ``meta`` is text; see ``constructor``, ``eps``,
-    ``family``, ``class`` and ``source`` in it.
+    ``family``, ``class`` and ``source`` in it, and in those of attention blocks ``notes`` and ``call``.
     """
 
     train: dict[str, Tensor]
     deploy: dict[str, Tensor]
-    input: Tensor
+    inputs: tuple[Tensor, ...]
     outputs: dict[str, Tensor]
     meta: dict[str, str]
+
+    @property
+    def input(self) -> Tensor:
+        """The only input."""
+        (only,) = self.inputs
+        return only
 
     @property
     def constructor(self) -> dict:
@@ -37,12 +44,14 @@ class Golden:
 
 def names(*prefixes: str) -> list[str]:
     """Cases whose name begins with one of the prefixes, in alphabetical order."""
-    return sorted(path.stem for path in VECTORS.glob("*.safetensors") if path.stem.startswith(prefixes))
+    paths = (path for folder in VECTORS for path in folder.glob("*.safetensors"))
+    return sorted(path.stem for path in paths if path.stem.startswith(prefixes))
 
 
 def load(name: str) -> Golden:
     """Read one case."""
-    with safe_open(VECTORS / f"{name}.safetensors", "pt") as file:
+    (path,) = (folder / f"{name}.safetensors" for folder in VECTORS if (folder / f"{name}.safetensors").exists())
+    with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         meta = file.metadata()
 
@@ -50,7 +59,9 @@ def load(name: str) -> Golden:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     outputs = {"output": tensors["output"]} if "output" in tensors else part("output.")
-    return Golden(part("train/"), part("deploy/"), tensors["input"], outputs, meta)
+    inputs = part("input.")
+    given = [inputs[key] for key in sorted(inputs)] if inputs else [tensors["input"]]
+    return Golden(part("train/"), part("deploy/"), tuple(given), outputs, meta)
 
 
 def load_into(model: nn.Module, golden: Golden) -> nn.Module:
@@ -71,11 +82,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def listing_names(prefix: str, form: str) -> list[str]:
     """List the listings of one family and form, in alphabetical order, without their file suffix."""
-    return sorted({path.name.split(".")[0] for path in LISTINGS.glob(f"{prefix}*-{form}.json*")})
+    end = f"-{form}" if form else ""
+    paths = (path for folder in LISTINGS for path in folder.glob(f"{prefix}*{end}.json*"))
+    return sorted({path.name.split(".")[0] for path in paths})
 
 
 def load_listing(name: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of one published state dict, in its order."""
-    plain = LISTINGS / f"{name}.json"
-    text = plain.read_bytes() if plain.exists() else gzip.decompress(plain.with_suffix(".json.gz").read_bytes())
+    (path,) = (path for folder in LISTINGS for path in folder.glob(f"{name}.json*"))
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return {key: tuple(shape) for key, shape in json.loads(text)["keys"].items()}

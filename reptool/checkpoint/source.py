@@ -72,7 +72,8 @@ def open_source(
         inputs = own_inputs(module, model, size)
     else:
         module, found = module_of(read, model, eps=eps, tidy=False)
-        shape = size or card(found.model).input[1:]
+        _, *sides = card(found.model).input
+        shape = size or (sides[0], sides[1])
         name, arguments, form = found.model, found.arguments, found.form
         extra = _preprocessing(found)
         if size is not None:

@@ -1,4 +1,4 @@
-"""Names of networks, how each is built, and the card of claims each carries.
+"""Names of networks and blocks, how each is built, and the card of claims each carries.
 
 Responsible for looking a name up and for refusing one that is not known. It builds training forms only: nothing here
 knows how a network is fused.
@@ -26,12 +26,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """The claims a network makes about itself; tests hold it to them.
+    """The claims a network or block makes about itself; tests hold it to them.
 
-    Shapes:  ``input`` is (channels, height, width) of one image
+    Shapes:  ``input`` is one sample: (channels, height, width) of an image, or (tokens, channels); a block that takes
+             ``arity`` inputs gets that many of them
     Units:   ``parameters`` and ``deploy_parameters`` count learnable numbers of the training and the deploy form;
-             ``macs`` and ``deploy_macs`` are 10^9 multiply-accumulates for one image; ``top1`` is per cent
-    Source:  ``arxiv``, and ``upstream`` as owner/repository@commit; ``differences`` says where we depart from it
+             ``macs`` and ``deploy_macs`` are multiply-accumulates of convolutions and matrix products for one sample;
+             ``top1`` is per cent
+    Source:  ``arxiv``, and ``upstream`` as owner/repository@commit; ``differences`` says where we depart from it;
+             ``published`` are further figures as printed, each with where it stands, shown and not asserted
     """
 
     paper: str
@@ -39,17 +42,19 @@ class ModelCard:
     year: int
     upstream: str
     licence: str
-    input: tuple[int, int, int]
+    input: tuple[int, ...]
     parameters: int
     deploy_parameters: int | None
     deploy: Mapping[str, int]
+    arity: int = 1
     differences: tuple[str, ...] = ()
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     top1: float | None = None
     top1_source: str | None = None
-    macs: float | None = None
-    deploy_macs: float | None = None
+    macs: int | None = None
+    deploy_macs: int | None = None
+    published: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,14 @@ class _Entry:
     build: Callable[..., nn.Module]
     family: str
     card: ModelCard
+    block: bool
 
 
 _ENTRIES: dict[str, _Entry] = {}
 
 
-def register(name: str, family: str, card: ModelCard) -> Callable[[Builder], Builder]:
-    """Make the decorated class or function the builder of ``name``.
+def register(name: str, family: str, card: ModelCard, *, block: bool = False) -> Callable[[Builder], Builder]:
+    """Make the decorated class or function the builder of ``name``: a network, or a ``block`` that networks are made of.
 
     Raises:  ValueError if the name is taken
     """
@@ -73,25 +79,26 @@ def register(name: str, family: str, card: ModelCard) -> Callable[[Builder], Bui
         raise ValueError(f"the model name {name!r} is registered twice")
 
     def add(build: Builder) -> Builder:
-        _ENTRIES[name] = _Entry(build, family, card)
+        _ENTRIES[name] = _Entry(build, family, card, block)
         return build
 
     return add
 
 
-def list_models(family: str | None = None) -> list[str]:
-    """List the registered names in alphabetical order, all or those of one family.
+def list_models(family: str | None = None, *, blocks: bool = False) -> list[str]:
+    """List the names of networks (or of blocks) in alphabetical order, all or those of one family.
 
     Raises:  UnknownModelError if no name belongs to the family
     """
-    names = sorted(name for name, entry in _ENTRIES.items() if family in (None, entry.family))
+    entries = {name: entry for name, entry in _ENTRIES.items() if entry.block == blocks}
+    names = sorted(name for name, entry in entries.items() if family in (None, entry.family))
     if names or family is None:
         return names
-    raise _unknown("family", family, sorted({entry.family for entry in _ENTRIES.values()}))
+    raise _unknown("family", family, sorted({entry.family for entry in entries.values()}))
 
 
 def create_model(name: str, **arguments: object) -> nn.Module:
-    """Build the training form of the network registered as ``name``, freshly initialised.
+    """Build the training form of the network or block registered as ``name``, freshly initialised.
 
     Every argument can be written as JSON, so a checkpoint can store how its network was built.
 

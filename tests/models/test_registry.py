@@ -28,7 +28,7 @@ def test_unknown_model_names_the_nearest():
         create_model("RepVGG-A9")
     assert str(error.value).splitlines() == [
         "no model is called 'RepVGG-A9'",
-        f"  why   {len(BUILT)} model names are registered and this is none of them",
+        f"  why   {len(BUILT) + len(list_models(blocks=True))} model names are registered and this is none of them",
         "  do    use 'repvgg_a2', or choose among those `reptool models` prints",
     ]
 
@@ -77,7 +77,8 @@ def test_card_is_complete(name):
     claims = card(name)
     assert claims.paper
     assert claims.licence
-    assert claims.upstream.count("@") == claims.upstream.count("/") == 1
+    assert claims.upstream.count("/") == 1
+    assert claims.upstream.count("@") <= 1  # code that is no longer at a known commit has none
     assert len(claims.input) == 3
     assert claims.deploy_parameters is None or 0 < claims.deploy_parameters <= claims.parameters
     assert all(count > 0 for count in claims.deploy.values())

@@ -51,10 +51,12 @@ def _acb_relu(
     return nn.Sequential(OrderedDict([("acb", block), ("relu", nn.ReLU())]))
 
 
-def _card(size: int, parameters: tuple[int, int], deploy: tuple[int, int], macs: float, top1: float) -> ModelCard:
+def _card(
+    size: int, parameters: tuple[int, int], deploy: tuple[int, int], macs: tuple[int, int], top1: float | None
+) -> ModelCard:
     """Make a card with what all hosts share.
 
-    ``size`` tells CIFAR images from ImageNet ones; ``parameters`` are those of the training and the deploy form;
+    ``size`` tells CIFAR images from ImageNet ones; ``parameters`` and ``macs`` are those of both forms;
     ``deploy`` counts the convolutions and the linear layers left.
     """
     cifar = size == 32
@@ -72,12 +74,13 @@ def _card(size: int, parameters: tuple[int, int], deploy: tuple[int, int], macs:
         mean=CIFAR_MEAN if cifar else IMAGENET_MEAN,
         std=CIFAR_STD if cifar else IMAGENET_STD,
         top1=top1,
-        top1_source="DingXiaoH/ACNet README",
-        macs=macs,
+        top1_source="DingXiaoH/ACNet README" if top1 else None,
+        macs=macs[0],
+        deploy_macs=macs[1],
     )
 
 
-@register("acnet_cifarquick", "acnet", _card(32, (149_226, 116_906), (3, 2), 0.0151, 86.87))
+@register("acnet_cifarquick", "acnet", _card(32, (149_226, 116_906), (3, 2), (15_054_464, 10_763_904), 86.87))
 class CifarQuick(nn.Module):
     """Three 5 x 5 blocks, each followed by a pooling, and two linear layers.
 
@@ -109,7 +112,7 @@ VGG_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 VGG_POOLED = (2, 4, 7, 10, 13)
 
 
-@register("acnet_vgg16", "acnet", _card(32, (24_810_570, 14_982_474), (13, 2), 0.5223, 94.54))
+@register("acnet_vgg16", "acnet", _card(32, (24_810_570, 14_982_474), (13, 2), (522_261_504, 313_463_808), 94.54))
 class VGG16(nn.Module):
     """Thirteen 3 x 3 blocks with five poolings between them, and two linear layers.
 
@@ -166,7 +169,7 @@ class CifarStage(nn.Module):
         return x
 
 
-@register("acnet_resnet56", "acnet", _card(32, (1_429_434, 853_642), (57, 1), 0.2094, 95.06))
+@register("acnet_resnet56", "acnet", _card(32, (1_429_434, 853_642), (57, 1), (209_404_544, 125_747_840), 95.06))
 class CifarResNet(nn.Module):
     """Three stages of residual pairs of 3 x 3 blocks and a linear classifier; 6n + 2 layers deep.
 
@@ -212,7 +215,9 @@ class BasicBlock(nn.Module):
         return y
 
 
-@register("acnet_resnet18", "acnet", _card(224, (19_028_520, 11_684_712), (20, 1), 2.932, 71.2))
+@register(
+    "acnet_resnet18", "acnet", _card(224, (19_028_520, 11_684_712), (20, 1), (2_931_593_216, 1_814_073_344), 71.2)
+)
 class ResNet18(nn.Module):
     """A 7 x 7 convolution, a pooling, four stages of residual pairs and a linear classifier.
 

@@ -9,12 +9,12 @@ Differences from the official code: see ``DIFFERENCES``, which every card carrie
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from reptool.models.layers import conv_norm
 from reptool.models.registry import ModelCard, register
 
 if TYPE_CHECKING:
@@ -47,14 +47,6 @@ class SqueezeExcite(nn.Module):
         """Scale x by its gate."""
         mean = x.mean((2, 3), keepdim=True)  # (n, c, 1, 1)
         return x * torch.sigmoid(self.up(self.relu(self.down(mean))))
-
-
-def conv_norm(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, *, groups: int = 1
-) -> nn.Sequential:
-    """Build a convolution without bias, ``conv``, and the batch norm of its output, ``bn``."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 
 class RepVGGBlock(nn.Module):
@@ -149,22 +141,33 @@ PAPER_TABLES = "Ding et al. 2021, tables 4 and 5"
 README = "DingXiaoH/RepVGG README"
 
 # name: depths, width factors of stages 1-3 and of stage 4, groups; then the claims: learnable numbers of the training
-# and the deploy form, 10^9 multiply-accumulates of both, top-1 accuracy and its source
-_VARIANTS: dict[str, tuple[tuple[int, ...], float, float, int, int, int, float, float, float | None, str | None]] = {
-    "a0": ((2, 4, 14, 1), 0.75, 2.5, 1, 9_108_968, 8_309_384, 1.513, 1.361, 72.41, PAPER_TABLES),
-    "a1": ((2, 4, 14, 1), 1, 2.5, 1, 14_092_264, 12_789_864, 2.626, 2.364, 74.46, PAPER_TABLES),
-    "a2": ((2, 4, 14, 1), 1.5, 2.75, 1, 28_210_600, 25_499_944, 5.685, 5.117, 76.48, PAPER_TABLES),
-    "b0": ((4, 6, 16, 1), 1, 2.5, 1, 15_817_960, 14_339_048, 3.397, 3.058, 75.14, PAPER_TABLES),
-    "b1": ((4, 6, 16, 1), 2, 4, 1, 57_415_016, 51_829_480, 13.128, 11.815, 78.37, PAPER_TABLES),
-    "b1g2": ((4, 6, 16, 1), 2, 4, 2, 45_782_376, 41_360_104, 9.788, 8.810, 77.78, PAPER_TABLES),
-    "b1g4": ((4, 6, 16, 1), 2, 4, 4, 39_966_056, 36_125_416, 8.119, 7.307, 77.58, PAPER_TABLES),
-    "b2": ((4, 6, 16, 1), 2.5, 5, 1, 89_022_376, 80_315_112, 20.418, 18.377, 78.78, PAPER_TABLES),
-    "b2g2": ((4, 6, 16, 1), 2.5, 5, 2, 70_846_376, 63_956_712, 15.200, 13.680, None, None),
-    "b2g4": ((4, 6, 16, 1), 2.5, 5, 4, 61_758_376, 55_777_512, 12.591, 11.332, 79.38, PAPER_TABLES),
-    "b3": ((4, 6, 16, 1), 3, 5, 1, 123_085_288, 110_960_872, 29.121, 26.209, 80.52, PAPER_TABLES),
-    "b3g2": ((4, 6, 16, 1), 3, 5, 2, 96_911_848, 87_404_776, 21.606, 19.446, None, None),
-    "b3g4": ((4, 6, 16, 1), 3, 5, 4, 83_825_128, 75_626_728, 17.849, 16.064, 80.21, PAPER_TABLES),
-    "d2se": ((8, 14, 24, 1), 2.5, 5, 1, 133_334_836, 120_387_572, 74.437, 66.994, 83.55, f"{README}, 320 x 320"),
+# and the deploy form, multiply-accumulates of both, top-1 accuracy and its source
+_VARIANTS: dict[str, tuple[tuple[int, ...], float, float, int, int, int, int, int, float | None, str | None]] = {
+    "a0": ((2, 4, 14, 1), 0.75, 2.5, 1, 9_108_968, 8_309_384, 1_512_581_120, 1_361_451_008, 72.41, PAPER_TABLES),
+    "a1": ((2, 4, 14, 1), 1, 2.5, 1, 14_092_264, 12_789_864, 2_626_488_320, 2_363_967_488, 74.46, PAPER_TABLES),
+    "a2": ((2, 4, 14, 1), 1.5, 2.75, 1, 28_210_600, 25_499_944, 5_685_345_280, 5_116_951_552, 76.48, PAPER_TABLES),
+    "b0": ((4, 6, 16, 1), 1, 2.5, 1, 15_817_960, 14_339_048, 3_397_191_680, 3_057_600_512, 75.14, PAPER_TABLES),
+    "b1": ((4, 6, 16, 1), 2, 4, 1, 57_415_016, 51_829_480, 13_128_089_600, 11_815_485_440, 78.37, PAPER_TABLES),
+    "b1g2": ((4, 6, 16, 1), 2, 4, 2, 45_782_376, 41_360_104, 9_788_375_040, 8_809_742_336, 77.78, PAPER_TABLES),
+    "b1g4": ((4, 6, 16, 1), 2, 4, 4, 39_966_056, 36_125_416, 8_118_517_760, 7_306_870_784, 77.58, PAPER_TABLES),
+    "b2": ((4, 6, 16, 1), 2.5, 5, 1, 89_022_376, 80_315_112, 20_418_170_880, 18_376_609_792, 78.78, PAPER_TABLES),
+    "b2g2": ((4, 6, 16, 1), 2.5, 5, 2, 70_846_376, 63_956_712, 15_199_866_880, 13_680_136_192, None, None),
+    "b2g4": ((4, 6, 16, 1), 2.5, 5, 4, 61_758_376, 55_777_512, 12_590_714_880, 11_331_899_392, 79.38, PAPER_TABLES),
+    "b3": ((4, 6, 16, 1), 3, 5, 1, 123_085_288, 110_960_872, 29_120_696_320, 26_208_882_688, 80.52, PAPER_TABLES),
+    "b3g2": ((4, 6, 16, 1), 3, 5, 2, 96_911_848, 87_404_776, 21_606_338_560, 19_445_960_704, None, None),
+    "b3g4": ((4, 6, 16, 1), 3, 5, 4, 83_825_128, 75_626_728, 17_849_159_680, 16_064_499_712, 80.21, PAPER_TABLES),
+    "d2se": (
+        (8, 14, 24, 1),
+        2.5,
+        5,
+        1,
+        133_334_836,
+        120_387_572,
+        74_437_325_312,
+        66_994_074_112,
+        83.55,
+        f"{README}, 320 x 320",
+    ),
 }
 
 

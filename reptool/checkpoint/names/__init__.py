@@ -1,0 +1,1 @@
+"""How implementations name the tensors of the zoo's networks: one file a family."""

@@ -1,0 +1,79 @@
+"""Published networks of the zoo, recognised from the keys and shapes of a state_dict, whoever named them.
+
+A family says how implementations name its tensors; which of its networks a file holds is told by building each without
+storage and comparing every key and shape. Narrow networks of one's own are named with -m.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reptool.checkpoint import names
+from reptool.errors import ReptoolError
+from reptool.models import create_model, list_models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from reptool.checkpoint.naming import Naming
+
+Shapes = dict[str, tuple[int, ...]]
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a state_dict is: the network, its arguments, and whose names it has; ``renamed`` maps our keys to its own."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    naming: Naming
+    renamed: Mapping[str, str] = field(repr=False, default_factory=dict)
+
+    @property
+    def implementation(self) -> str:
+        """Whose names the keys are."""
+        return self.naming.implementation
+
+
+@cache
+def namings() -> tuple[Naming, ...]:
+    """The namings of every family, and of each family our own."""
+    modules = [import_module(f"{names.__name__}.{found.name}") for found in iter_modules(names.__path__)]
+    return tuple(naming for module in modules for naming in module.NAMINGS)
+
+
+def recognise_network(shapes: Mapping[str, tuple[int, ...]]) -> Network | None:
+    """The published network that has exactly these keys and shapes, under some implementation's names, or None."""
+    for naming in namings():
+        if not naming.fits(shapes):
+            continue
+        meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        own = {key: tuple(tensor.shape) for key, tensor in naming.own(meta).items() if not key.endswith(_COUNTER)}
+        for name, arguments in _candidates(naming, own):
+            if _shapes_of(name, arguments) == own:
+                return Network(name, arguments, naming, {naming.own_name(key): key for key in shapes})
+    return None
+
+
+def _candidates(naming: Naming, own: Shapes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The networks of the family with the number of classes that the last matrix or bias suggests."""
+    classes = list(own.values())[-1][0] if own else 0
+    for name in list_models(naming.family):
+        yield name, {"num_classes": classes, **naming.arguments}
+
+
+def _shapes_of(name: str, arguments: Mapping[str, Any]) -> Shapes:
+    """The keys and shapes of a network, without its counters; none if it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            state = create_model(name, **arguments).state_dict()
+    except (ReptoolError, ValueError):
+        return {}
+    return {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith(_COUNTER)}
