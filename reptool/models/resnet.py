@@ -131,11 +131,6 @@ class ResNet(nn.Module):
     Shapes:  (n, 3, h, w) -> (n, num_classes), any h and w
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
-
     def __init__(
         self,
         block: Callable[..., nn.Module],
@@ -157,14 +152,14 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, 0 if ceil_pool else 1, ceil_mode=ceil_pool)
-        so_far, dilation = 4, 1
+        so_far, dilation, stages = 4, 1, []
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             stride = 1 if index == 0 or so_far >= output_stride else 2
             dilation *= 2 if index and stride == 1 else 1
             so_far *= stride
-            stage = make_stage(block, channels, width, depth, stride, dilation, expansion)
-            self.add_module(f"layer{index + 1}", stage)
+            stages.append(make_stage(block, channels, width, depth, stride, dilation, expansion))
             channels = width * expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
