@@ -16,7 +16,8 @@ import click
 from reptool._version import __version__
 from reptool.commands.export import export
 from reptool.commands.fuse import fuse
-from reptool.commands.inspect import inspect, models
+from reptool.commands.inspect import inspect
+from reptool.commands.models import models
 from reptool.commands.verify import verify
 from reptool.errors import ReptoolError
 from reptool.runtime.commands import bench, run

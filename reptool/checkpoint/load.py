@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from reptool.checkpoint.architectures import Recognition, recognise
 from reptool.checkpoint.deploy import into_deploy_form
 from reptool.checkpoint.health import check_health
+from reptool.checkpoint.own import build_own
 from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.recipes import EPS
+from reptool.checkpoint.zoo import network_of
 from reptool.errors import InputError
 from reptool.models import list_models
 from reptool.proof.endtoend import EXTRA_INPUTS, INPUTS
@@ -51,6 +53,10 @@ def module_of(
     """
     check_health(checkpoint.tensors)
     eps = _recorded_eps(checkpoint.metadata) if eps is None else eps
+    if (zoo := network_of(checkpoint, model)) is not None:
+        form = "deploy" if checkpoint.metadata.get("reptool.form") == "deploy" else "training"
+        given = Recognition(zoo.name, dict(zoo.arguments), zoo.implementation, form, dict(zoo.renamed))
+        return build_own(checkpoint, zoo.name), given
     recorded = checkpoint.metadata.get("reptool.architecture")
     named = model or (recorded if recorded in list_models() else None)
     found = recognise({k: tuple(t.shape) for k, t in checkpoint.tensors.items()}, _specific(named))

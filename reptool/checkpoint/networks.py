@@ -16,10 +16,10 @@ import torch
 
 from reptool.checkpoint import names
 from reptool.errors import ReptoolError
-from reptool.models import create_model, list_models
+from reptool.models import arguments_of, create_model, list_models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from reptool.checkpoint.naming import Naming
 
@@ -49,24 +49,42 @@ def namings() -> tuple[Naming, ...]:
     return tuple(naming for module in modules for naming in module.NAMINGS)
 
 
-def recognise_network(shapes: Mapping[str, tuple[int, ...]]) -> Network | None:
-    """The published network that has exactly these keys and shapes, under some implementation's names, or None."""
+def recognise_network(shapes: Mapping[str, tuple[int, ...]], model: str | None = None) -> Network | None:
+    """The published network that has exactly these keys and shapes, under some implementation's names, or None.
+
+    ``model`` leaves only the network of that name.
+    """
     for naming in namings():
         if not naming.fits(shapes):
             continue
         meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         own = {key: tuple(tensor.shape) for key, tensor in naming.own(meta).items() if not key.endswith(_COUNTER)}
-        for name, arguments in _candidates(naming, own):
-            if _shapes_of(name, arguments) == own:
+        for name in list_models(naming.family):
+            arguments = _arguments(name, naming, own) if model in (None, name) else None
+            if arguments is not None:
                 return Network(name, arguments, naming, {naming.own_name(key): key for key in shapes})
     return None
 
 
-def _candidates(naming: Naming, own: Shapes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The networks of the family with the number of classes that the last matrix or bias suggests."""
-    classes = list(own.values())[-1][0] if own else 0
-    for name in list_models(naming.family):
-        yield name, {"num_classes": classes, **naming.arguments}
+def _arguments(name: str, naming: Naming, own: Shapes) -> dict[str, Any] | None:
+    """The arguments with which a network has these keys and shapes, or None; the number of classes shows in a shape."""
+    arguments = {**_classes(name), **naming.arguments}
+    expected = _shapes_of(name, arguments)
+    if expected.keys() != own.keys():
+        return None
+    others = {own[key][:1] for key in own if own[key] != expected[key]}
+    if not others:
+        return arguments
+    if len(others) > 1 or "num_classes" not in arguments or others == {()}:
+        return None
+    ((arguments["num_classes"],),) = others
+    return arguments if _shapes_of(name, arguments) == own else None
+
+
+def _classes(name: str) -> dict[str, Any]:
+    """The number of classes that a network is published with, if it has classes."""
+    default = arguments_of(name).get("num_classes")
+    return {} if default is None else {"num_classes": default}
 
 
 def _shapes_of(name: str, arguments: Mapping[str, Any]) -> Shapes:

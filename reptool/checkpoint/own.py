@@ -1,4 +1,7 @@
-"""A network of the user's own: ``package.module:factory`` names code that they asked us to import."""
+"""A network whose graph is fused: the user's own, ``package.module:factory``, or one of the zoo.
+
+A factory is code that the user asked us to import by naming it. In what follows ``model`` is such a name, or the zoo's.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from reptool._version import __version__
 from reptool.checkpoint.health import check_health
+from reptool.checkpoint.zoo import build, network_of
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.fusion import fuse
 from reptool.proof.endtoend import COPIES, DITHER, check_end_to_end, inputs_for, verify_models
@@ -38,20 +42,21 @@ def is_own(model: str) -> bool:
 
 
 def build_own(read: Checkpoint, model: str) -> nn.Module:
-    """The user's network with a checkpoint's weights, loaded strictly, in eval mode; fused, if the checkpoint is.
+    """The network with a checkpoint's weights, loaded strictly, in eval mode; fused, if the checkpoint is.
 
     Raises:  InputError if the code cannot be imported or the weights do not fit
     """
-    network = factory(model).eval()
+    network, tensors = _unloaded(read, model)
     check_health(read.tensors)
     forms, do = iter([network]), "build the network with the arguments it was trained with"
     if read.metadata.get("reptool.form") == "deploy":
         forms, do = _deploy_forms(network, model), f"fuse the training checkpoint again with -m {model}"
     misfit: list[str] = []
     for form in forms:
-        found = _misfit(form.state_dict(), read.tensors)
+        tensors = _with_counters(form.state_dict(), tensors)
+        found = _misfit(form.state_dict(), tensors)
         if not found:
-            form.load_state_dict(read.tensors, strict=True, assign=_same_kinds(form.state_dict(), read.tensors))
+            form.load_state_dict(tensors, strict=True, assign=_same_kinds(form.state_dict(), tensors))
             if form is not network and hasattr(network, "example_inputs"):
                 form.example_inputs = network.example_inputs  # it takes what the network takes
             return form
@@ -59,6 +64,21 @@ def build_own(read: Checkpoint, model: str) -> nn.Module:
     raise InputError(
         f"the weights in {read.path.name} do not fit {model}", at=str(read.path), why="; ".join(misfit), do=do
     )
+
+
+def _unloaded(read: Checkpoint, model: str) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """The network, in eval mode, and the weights under its names."""
+    if is_own(model):
+        return factory(model).eval(), read.tensors
+    found = network_of(read, model)
+    assert found is not None  # noqa: S101  # a name of the zoo is given
+    return build(found, read)
+
+
+def _with_counters(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights, and the norms' counters where an old file has none: they count training steps and nothing else."""
+    counters = {k: t for k, t in wanted.items() if k.endswith("num_batches_tracked") and k not in given}
+    return {**given, **counters} if counters else given
 
 
 def _misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -260,7 +280,9 @@ def _failure(network: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
 
 def own_metadata(read: Checkpoint, model: str, verdict: Verdict) -> dict[str, str]:
     """What travels in the file."""
+    found = None if is_own(model) else network_of(read, model)
     return {
+        **({} if found is None else {"reptool.arguments": json.dumps(dict(found.arguments), sort_keys=True)}),
         "reptool.version": __version__,
         "reptool.architecture": model,
         "reptool.form": "deploy",

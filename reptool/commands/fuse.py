@@ -20,6 +20,7 @@ from reptool.commands.options import (
 
 if TYPE_CHECKING:
     from reptool.checkpoint.convert import Conversion
+    from reptool.checkpoint.networks import Network
     from reptool.checkpoint.read import Checkpoint
     from reptool.proof.verdict import Verdict
 
@@ -51,12 +52,15 @@ def fuse(checkpoint: Path, output: Path | None, model: str | None, eps: float | 
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.atomic import check_target  # noqa: PLC0415
     from reptool.checkpoint.read import read_checkpoint  # noqa: PLC0415
+    from reptool.checkpoint.zoo import network_of  # noqa: PLC0415
 
     target = output or checkpoint.with_name(f"{checkpoint.stem}.fused.safetensors")
     check_target(target, options["overwrite"], checkpoint)
     read = read_checkpoint(checkpoint)
     if model and ":" in model:
-        _fuse_own(read, model, target, eps, options)
+        _fuse_own(read, model, None, target, eps, options)
+    elif (network := network_of(read, model)) is not None:
+        _fuse_own(read, network.name, network, target, eps, options)
     else:
         _fuse_known(read, model, target, eps, options)
 
@@ -116,12 +120,16 @@ def _print(done: Conversion, source: Path, target: Path, *, verbose: int) -> Non
     click.echo(done.verdict.summary())
 
 
-def _fuse_own(read: Checkpoint, model: str, target: Path, eps: float | None, options: dict[str, Any]) -> None:
-    """A network of the user's own: the graph engine instead of recipes."""
+def _fuse_own(
+    read: Checkpoint, model: str, network: Network | None, target: Path, eps: float | None, options: dict[str, Any]
+) -> None:
+    """A network of the user's own, or one of the zoo: the graph engine instead of recipes."""
     from reptool.checkpoint.own import fuse_own, own_metadata  # noqa: PLC0415
     from reptool.checkpoint.write import write_checkpoint  # noqa: PLC0415
+    from reptool.checkpoint.zoo import image_size  # noqa: PLC0415
 
-    fused, verdict = fuse_own(read, model, options["img_size"], eps)
+    size = options["img_size"]
+    fused, verdict = fuse_own(read, model, size or (image_size(network) if network else None), eps)
     report: Any = fused.fusion
     for text in read.notices:
         console.note(text, quiet=options["quiet"])
@@ -139,12 +147,14 @@ def _fuse_own(read: Checkpoint, model: str, target: Path, eps: float | None, opt
         )
         for at, why in report.kept_apart:
             console.note(f"kept apart: {at}: {why}")
-    console.table(("fused", ""), [("file", f"{target}  ({console.size(target.stat().st_size)})")])
+    named = f"{model} ({network.implementation} key names)" if network else model
+    file = f"{target}  ({console.size(target.stat().st_size)})"
+    console.table(("fused", ""), [("network", named), ("file", file)])
     click.echo(report.summary())
     click.echo(verdict.summary())
-    size = options["img_size"]
     given = f" --img-size {size[0]}x{size[1]}" if size else ""
-    console.next_command(f"reptool export {read.path} -m {model} --format onnx{given}")
+    source = target if network else f"{read.path} -m {model}"
+    console.next_command(f"reptool export {source} --format onnx{given}")
 
 
 def _counts(kinds: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""``reptool inspect`` and ``reptool models``."""
+"""``reptool inspect``."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def _shown(value: Any) -> str:
 
 
 def _checkpoint(file: Path) -> dict[str, Any]:
-    from reptool.checkpoint.architectures import recognise  # noqa: PLC0415
     from reptool.checkpoint.read import read_header  # noqa: PLC0415
-    from reptool.errors import InputError  # noqa: PLC0415
 
     header = read_header(file)
     shapes = {k: shape for k, (shape, _) in header.tensors.items()}
@@ -60,20 +58,32 @@ def _checkpoint(file: Path) -> dict[str, Any]:
         "numbers": sum(prod(s) for s in shapes.values()),
         "dtypes": dict(kinds),
     }
-    try:
-        network = recognise(shapes)
-        found |= {
-            "network": network.model,
-            "classes": network.num_classes,
-            "key_names": network.implementation,
-            "form": network.form,
-        }
-    except InputError as error:
-        found["network"] = error.what
+    found |= _network(shapes)
     found |= {
         k.removeprefix("reptool."): _brief(v) for k, v in sorted(header.metadata.items()) if k.startswith("reptool.")
     }
     return found | ({"notices": list(header.notices)} if header.notices else {})
+
+
+def _network(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Which network of the zoo has these keys and shapes, or why none has."""
+    from reptool.checkpoint.architectures import recognise  # noqa: PLC0415
+    from reptool.checkpoint.networks import recognise_network  # noqa: PLC0415
+    from reptool.errors import InputError  # noqa: PLC0415
+
+    try:
+        if zoo := recognise_network(shapes):
+            classes = zoo.arguments.get("num_classes")
+            return {"network": zoo.name, "classes": classes, "key_names": zoo.implementation, "form": "training"}
+        network = recognise(shapes)
+    except InputError as error:
+        return {"network": error.what}
+    return {
+        "network": network.model,
+        "classes": network.num_classes,
+        "key_names": network.implementation,
+        "form": network.form,
+    }
 
 
 def _brief(text: str) -> str:
@@ -100,52 +110,3 @@ def _onnx(file: Path) -> dict[str, Any]:
     return found | {
         k.removeprefix("reptool."): _brief(v) for k, v in sorted(model.metadata.items()) if k.startswith("reptool.")
     }
-
-
-@click.command()
-@click.option("--family", help="Only this family, such as repvgg or acnet.")
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def models(family: str | None, as_json: bool) -> None:
-    """List the networks that can be built, recognised and fused.
-
-    \b
-    Examples:
-      reptool models --family repvgg
-    """  # noqa: D301  # click reads the backslashes
-    from reptool.models import card, list_models  # noqa: PLC0415
-
-    rows: list[dict[str, Any]] = []
-    for name in list_models(family):
-        known = card(name)
-        rows.append(
-            {
-                "name": name,
-                "paper": f"arXiv:{known.arxiv}",
-                "year": known.year,
-                "parameters": known.parameters,
-                "deploy_parameters": known.deploy_parameters,
-                "gmacs": known.macs,
-                "input": list(known.input),
-                "top1": known.top1,
-            }
-        )
-    if as_json:
-        console.as_json({"schema_version": 1, "models": rows})
-        return
-    heads = ("name", "paper", "year", "parameters", "fused", "GMAC", "input", "top-1 as published")
-    console.table(
-        heads,
-        [
-            (
-                r["name"],
-                r["paper"],
-                r["year"],
-                f"{r['parameters']:,}",
-                f"{r['deploy_parameters']:,}" if r["deploy_parameters"] else "",
-                r["gmacs"] or "",
-                "x".join(map(str, r["input"])),
-                r["top1"] or "",
-            )
-            for r in rows
-        ],
-    )

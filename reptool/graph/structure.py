@@ -46,7 +46,7 @@ def first_difference(wanted: Iterable[tuple[str, str]], given: Iterable[tuple[st
 def describe(node: fx.Node) -> str:
     """An operator with the attributes that are no values of the graph."""
     schema = getattr(node.target, "_schema", None)
-    name = str(schema.name if schema else node.target).removeprefix("aten::")
+    name = str(schema.name if schema else getattr(node.target, "__name__", node.target)).removeprefix("aten::")
     attributes = [_plain(a) for a in node.args] + [f"{k}={_plain(v)}" for k, v in node.kwargs.items()]
     return f"{name}({', '.join(a for a in attributes if a)})"
 

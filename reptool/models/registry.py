@@ -118,6 +118,14 @@ def create_model(name: str, **arguments: object) -> nn.Module:
     return build(**arguments)
 
 
+def arguments_of(name: str) -> dict[str, object]:
+    """The arguments that the network registered as ``name`` takes, with their defaults.
+
+    Raises:  UnknownModelError
+    """
+    return {key: value.default for key, value in inspect.signature(_entry(name).build).parameters.items()}
+
+
 def card(name: str) -> ModelCard:
     """Return the claims of the network registered as ``name``.
 

@@ -4,7 +4,7 @@ from model_cases import BLOCK_OPSETS, Case, Listing, Vector
 from reptool.checkpoint.names.se import NAMINGS
 from reptool.models.attention.se import SEAttention, SEBottleneck
 
-TIMM, LEGACY = NAMINGS
+TIMM, LEGACY, _ = NAMINGS
 
 _SMALL = {"depths": [1, 2, 1, 1], "widths": [8, 8, 8, 16], "reduction": 4, "num_classes": 5}
 

@@ -1,4 +1,4 @@
-"""SE-ResNets: timm's own and its port of the original weights; the collection's block is ours."""
+"""SE-ResNets: timm's own and its port of the original weights; the collection's block is ours. The official names are Caffe's."""
 
 from __future__ import annotations
 
@@ -37,4 +37,5 @@ NAMINGS = (
         _linear,
         {"caffe": True},
     ),
+    Naming("se", "reptool", r"(^|\.)se\.fc\.[02]\."),
 )
