@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reptool.errors import ExportError
 from reptool.formats.record import ExportRecord, first_line, require_eval
+from reptool.formats.traceable import with_open_sizes
 from reptool.graph.capture import quiet
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def export_torchscript(
     example = tuple(x.clone() for x in example)  # one tensor given twice would be traced as one input
     try:
         with quiet(), torch.no_grad():
-            torch.jit.save(torch.jit.trace(module, example, check_trace=False, strict=True), buffer)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(with_open_sizes(module), example, check_trace=False, strict=True)  # type: ignore[no-untyped-call]
+            torch.jit.save(traced, buffer)
     except Exception as error:
         raise ExportError(
             f"torch cannot trace the model: {first_line(error)}", at=type(module).__name__, do="export it as onnx"
