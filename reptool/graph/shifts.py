@@ -111,15 +111,12 @@ def _loses(user: fx.Node, position: int, shift: Shift) -> bool:
 
     Law:      softmax(x + c) == softmax(x), log_softmax alike, and attention(q, k + c, v) == attention(q, k, v), where c
               is constant along the axis of the softmax, or the same for all keys
-    Refuses:  a shift that varies along that axis; attention with dropout that is active, or a mask of truth values
+    Refuses:  a shift that varies along that axis; attention with dropout that is active
     """
     rank = len(shape_of(shift.node))
     if user.target in {*SOFTMAXES, *_LOGARITHMS}:
         return position == 0 and arguments_of(user)["dim"] % rank not in shift.varies
-    if user.target is not ATTENTION or position != 1 or rank - 2 in shift.varies:
-        return False
-    mask = arguments_of(user)["attn_mask"]
-    return _is_calm(user) and (mask is None or mask.meta["val"].is_floating_point())
+    return user.target is ATTENTION and position == 1 and rank - 2 not in shift.varies and _is_calm(user)
 
 
 def _is_calm(attention: fx.Node) -> bool:
@@ -185,19 +182,22 @@ def _summed(user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None
 
 
 def _masked(reader: Reader, user: fx.Node, position: int, shift: Shift) -> Shift | None:
-    """What is added stays added where entries known beforehand are masked with minus infinity, which no shift changes.
+    """What is added stays added where entries are masked with minus infinity, which no shift changes.
 
-    Refuses:  a finite value instead; a mask that is an input: all of a row could be masked
+    A row that is masked as a whole is NaN after a softmax, with the shift and without.
+
+    Refuses:  a finite value instead
     """
     given = arguments_of(user) if user.target in _MASKS and position == 0 else None
-    if given is None or reader.tensor(given["mask"]) is None:
+    if given is None:
         return None
     value = given["value"]
     value = reader.tensor(value) if isinstance(value, fx.Node) else value
     if value is None or float(value) != -inf:
         return None
     further = shift.on(user, aligned(shift.varies, shift.node, user))
-    return replace(further, proof=(*shift.proof, *_made_of(given["mask"])))
+    constant = reader.tensor(given["mask"]) is not None
+    return replace(further, proof=(*shift.proof, *(_made_of(given["mask"]) if constant else ())))
 
 
 def _made_of(node: fx.Node) -> list[fx.Node]:

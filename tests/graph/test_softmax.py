@@ -40,6 +40,11 @@ LOST = {
         [TOKENS, (2, 1, 7, 7)],
         {"q", "v", "o"},
     ),
+    "torch's attention with a mask of truth values does too": (
+        lambda: Attention(fused=lambda q, k, v, m: sdpa(q, k, v, attn_mask=m > 0)),
+        [TOKENS, (2, 1, 7, 7)],
+        {"q", "v", "o"},
+    ),
     "causal mask": (lambda: Attention(logits=lambda a: a.masked_fill(CAUSAL, -INF)), [TOKENS], {"q", "o"}),
     "mask that is added": (lambda: Attention(logits=lambda a, m: a + m), [TOKENS, (2, 1, 7, 7)], {"q", "o"}),
     "temperature of each query": (lambda: Attention(logits=lambda a, t: a * t), [TOKENS, (2, 1, 7, 1)], {"q", "o"}),
@@ -174,10 +179,18 @@ def test_layer_that_is_called_twice_loses_its_bias_in_one_place():
     assert one.weight is other.weight
 
 
-def test_mask_that_is_an_input_is_kept_before():
-    """A mask whose rows are not known beforehand may hide all keys of one, which no comparison could tell."""
+def test_mask_that_is_an_input_keeps_what_it_hides():
+    """Biases go past a mask that is an input; a row that hides all keys is NaN before and after, the others are equal."""
     model = stirred(Attention(logits=lambda a, m: a.masked_fill(m > 2, -INF)))
-    assert "k" in biases(fused_equal(model, noise(*TOKENS), noise(2, 1, 7, 7)))
+    x, mask = noise(2, 7, 12), noise(2, 1, 7, 7)
+    fused = fused_equal(model, x, mask)
+    assert biases(fused) == {"q", "o"}
+    mask[1, 0, 3] = 9.0
+    before, after = model(x, mask), fused(x, mask)
+    assert torch.isnan(before[1, 3]).all()
+    assert torch.equal(torch.isnan(before), torch.isnan(after))
+    assert torch.allclose(before, after, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert not torch.allclose(before, after.flip(0), rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_random_attention_is_left_alone():
