@@ -6,6 +6,7 @@ storage and comparing every key and shape. Narrow networks of one's own are name
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -89,9 +90,15 @@ def _classes(name: str) -> dict[str, Any]:
 
 def _shapes_of(name: str, arguments: Mapping[str, Any]) -> Shapes:
     """The keys and shapes of a network, without its counters; none if it cannot be built so."""
+    return _built_shapes(name, json.dumps(arguments, sort_keys=True))
+
+
+@cache
+def _built_shapes(name: str, arguments: str) -> Shapes:
+    """The same, remembered, since a deep network takes a while to build: many namings ask for it."""
     try:
         with torch.device("meta"):
-            state = create_model(name, **arguments).state_dict()
+            state = create_model(name, **json.loads(arguments)).state_dict()
     except (ReptoolError, ValueError):
         return {}
     return {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith(_COUNTER)}

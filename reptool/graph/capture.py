@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from reptool.errors import CaptureError
 from reptool.graph.blame import advice, described, is_data_dependent, location, reason
+from reptool.graph.growth import BoundedSizes, GrowthError
 from reptool.graph.guards import BATCH, IMAGE, guard_inputs, open_axes
 from reptool.graph.inplace import is_functional, make_functional
 from reptool.graph.keeping import kept
@@ -65,10 +66,11 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
     refuse_training(model)
     refuse_hooks(model)
     with quiet(), torch.no_grad(), kept(model) as assigned:
-        program = _functional(_export(model, example))
+        program, outgrown = _export(model, example)
+        program = _functional(program)
     _refuse_memory(program, assigned)
     _drop_assertions(program.graph)
-    guard_inputs(program)
+    guard_inputs(program, outgrown=outgrown)
     return _captured(program)
 
 
@@ -130,19 +132,26 @@ def _two_of(example: tuple[Any, ...]) -> tuple[Any, ...]:
     return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)  # type: ignore[no-any-return]
 
 
-def _export(model: nn.Module, example: tuple[Any, ...]) -> ExportedProgram:
-    """Capture with symbolic batch, height and width; with fewer symbols if the model objects."""
+def _export(model: nn.Module, example: tuple[Any, ...]) -> tuple[ExportedProgram, bool]:
+    """Capture with symbolic batch, height and width; with fewer symbols if the model objects.
+
+    Also whether height and width are fixed because their expressions outgrew the bound.
+    """
     failure: Exception = AssertionError("no attempt was made; please report this")
-    doubled = _two_of(example)
+    doubled, outgrown = _two_of(example), False
     attempts = [(doubled, IMAGE), (doubled, BATCH), (example, ())]
     for inputs, axes in attempts:
         try:
             given = inspect.signature(model.forward).bind(*inputs).arguments
-            return torch.export.export(model, inputs, strict=False, dynamic_shapes=_shapes(given, axes))
+            with BoundedSizes() if axes == IMAGE else contextlib.nullcontext():
+                program = torch.export.export(model, inputs, strict=False, dynamic_shapes=_shapes(given, axes))
         except Exception as error:  # noqa: BLE001  # torch.export raises many kinds; the last one is reported
             failure = error
+            outgrown |= isinstance(error, GrowthError)
             if is_data_dependent(error):
                 break
+        else:
+            return program, outgrown
     raise _no_graph(model, failure) from failure
 
 

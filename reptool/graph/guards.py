@@ -38,8 +38,11 @@ def is_number(size: Any) -> bool:
     return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
-def guard_inputs(program: ExportedProgram) -> None:
-    """Let the graph refuse other constants than it was captured with, and sizes that it does not hold for."""
+def guard_inputs(program: ExportedProgram, *, outgrown: bool = False) -> None:
+    """Let the graph refuse other constants than it was captured with, and sizes that it does not hold for.
+
+    ``outgrown``: height and width are fixed because following them took too much, and the refusal says so.
+    """
     constants = [spec.arg for spec in program.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)]
     holders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     names = set(program.graph_signature.user_inputs)
@@ -48,7 +51,11 @@ def guard_inputs(program: ExportedProgram) -> None:
     with program.graph.inserting_after(next(reversed(holders.values()), None)):
         for text in reversed(list(dict.fromkeys(_conditions(tensors)))):
             read = [node for node in tensors if f"{node.name}.shape" in text]
-            program.graph.call_function(require_sizes, (text, tuple(node.name for node in read), *read))
+            fixed = outgrown and any(
+                text.startswith(f"{node.name}.shape[{axis}] ==") for node in read for axis in (2, 3)
+            )
+            check = require_example_sizes if fixed else require_sizes
+            program.graph.call_function(check, (text, tuple(node.name for node in read), *read))
         for constant in reversed(constants):
             program.graph.call_function(require_same, (holders[constant.name], constant.value, constant.name))
 
@@ -107,16 +114,25 @@ def require_same(given: Any, wanted: Any, name: str) -> None:
 @fx.has_side_effect
 def require_sizes(condition: str, names: tuple[str, ...], *tensors: Tensor) -> None:
     """Raise unless the sizes of tensors meet a condition of ``guard_inputs``."""
-    if _traced(require_sizes, condition, names, *tensors):
-        return
+    if not _traced(require_sizes, condition, names, *tensors):
+        why = "forward decides by that size, or makes a number of it as len(x) does; or its example had the size 1"
+        do = "fuse the model again with an example of this size, or compute with x.shape[0] in forward"
+        _require(condition, names, tensors, why, do)
+
+
+@fx.has_side_effect
+def require_example_sizes(condition: str, names: tuple[str, ...], *tensors: Tensor) -> None:
+    """Raise unless a height or width is the example's, in a graph that could not follow them."""
+    if not _traced(require_example_sizes, condition, names, *tensors):
+        why = "forward computes with height and width in expressions too large to follow, so both are the example's"
+        _require(condition, names, tensors, why, "fuse the model again with an example of this size")
+
+
+def _require(condition: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], why: str, do: str) -> None:
     known = {"math": math, "torch": torch, "max": max, "min": min}
     if not eval(condition, {"__builtins__": known}, dict(zip(names, tensors, strict=True))):  # noqa: S307  # written above
         shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(names, tensors, strict=True))
-        raise InputError(
-            f"{shapes}, and the model was fused for {condition}",
-            why="forward decides by that size, or makes a number of it as len(x) does; or its example had the size 1",
-            do="fuse the model again with an example of this size, or compute with x.shape[0] in forward",
-        )
+        raise InputError(f"{shapes}, and the model was fused for {condition}", why=why, do=do)
 
 
 def _traced(function: Any, *arguments: Any) -> bool:

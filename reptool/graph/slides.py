@@ -16,7 +16,7 @@ from reptool.affine.form import Form, compose, outline
 from reptool.affine.operators import Conv, Identity, Refusal, Scale
 from reptool.graph.carriers import axis_before, carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.values import EXACT, SIZED, shape_of, sizes_of
+from reptool.graph.values import EXACT, OPERATOR, SIZED, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -38,8 +38,13 @@ _REFER = (aten.reshape_as.default, aten.view_as.default, aten.unflatten.int)
 def slide_back(draft: Draft, cost: Cost) -> None:
     """Move scales and pointwise matrices to before the carriers in front of them, onto the convolution there."""
     for node in list(draft.graph.nodes):
-        while node in draft.origin and (moved := _slide_back(draft, node, cost)) is not None:
+        while _may_slide(draft, node) and (moved := _slide_back(draft, node, cost)) is not None:
             node = moved  # noqa: PLW2901  # what computes the value now may slide on
+
+
+def _may_slide(draft: Draft, node: fx.Node) -> bool:
+    """Whether a node is still there, and is one of the model's or of a rule's."""
+    return node in draft.origin or (OPERATOR in node.meta and bool(node.users))
 
 
 def operator_of(reader: Reader, node: object) -> tuple[fx.Node, Operator] | None:
@@ -72,7 +77,7 @@ def _slide_back(draft: Draft, node: fx.Node, cost: Cost) -> fx.Node | None:
     passed = carriers_before(value)
     source = carried(passed[-1]) if passed else None
     before = operator_of(reader, source) if source is not None and len(readers(source)) == 1 else None
-    if source is None or before is None or not isinstance(before[1], Conv):
+    if source is None or before is None or not _takes(before[1], operator):
         return None
     axes = _axes_through(operator, value, passed)
     moved = _moved(operator, axes, source)
@@ -87,6 +92,11 @@ def _slide_back(draft: Draft, node: fx.Node, cost: Cost) -> fx.Node | None:
     draft.forget(passed)
     draft.supersede(node, passed[0])
     return passed[0]
+
+
+def _takes(before: Operator, operator: Operator) -> bool:
+    """Whether two operators in a row could be one: a convolution takes either kind, a scale another scale."""
+    return isinstance(before, Conv) or (isinstance(before, Scale) and isinstance(operator, Scale))
 
 
 def _moved(operator: Operator, axes: list[int] | None, source: fx.Node) -> Operator | None:

@@ -34,6 +34,13 @@ def run(function, **layers):
     return Lambda(function, a=nn.Linear(12, 12), b=nn.Linear(12, 12), **layers)
 
 
+def normed(net, x):
+    """Attention whose projection is normed as one long list of tokens, as LeViT's is."""
+    y = net.a(x)
+    q, k = net.norm(y.flatten(0, 1)).reshape_as(y).view(*y.shape[:2], 3, 4).split([2, 2], 3)
+    return ((q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * 0.5).softmax(-1)
+
+
 # name: network, input shape
 HANDED = {
     "logits that are divided": (Attention, TOKENS),
@@ -46,6 +53,7 @@ HANDED = {
     "queries that are split off": (lambda: Packed(3, "split"), TOKENS),
     "learned number, second argument": (Learned, TOKENS),
     "learned number behind the average": (lambda: Position(8), IMAGE),
+    "queries behind a norm": (lambda: run(normed, norm=nn.BatchNorm1d(12)), TOKENS),
     "mean": (lambda: run(lambda s, x: torch.relu(s.a(x).mean(1) * 0.5)), TOKENS),
     "two factors": (lambda: run(lambda s, x: (((s.a(x) @ s.b(x).mT) * 3.0).transpose(1, 2) / 7.0).relu()), TOKENS),
 }

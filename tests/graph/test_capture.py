@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 from blocks import Lambda, conv_norm, error, noise, operators, randomised, repvgg_block
 from torch import nn
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from reptool.errors import CaptureError, InputError
 from reptool.fusion import fuse
+from reptool.graph import growth
 from reptool.graph.blame import SHOWN, parts_around
 from reptool.graph.capture import capture
 from reptool.proof.region import TOLERANCE
@@ -257,3 +260,63 @@ def test_free_sizes_need_no_guard():
     """A graph that holds for every size has no node that says so."""
     fused = fuse(randomised(conv_norm(4, 4, 1)), (noise(*IMAGE),))
     assert operators(fused) == {"Conv2d": 1}
+
+
+def padded_as_tensorflow(s, x):
+    """Halve height and width as often as there are layers, each time padded to a multiple."""
+    for conv in s.children():
+        border = [max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) for size in (x.shape[3], x.shape[2])]
+        x = conv(F.pad(x, [part for both in border for part in (both // 2, both - both // 2)]))
+    return x
+
+
+def halving(layers):
+    """A network whose sizes grow fourfold, as expressions, with each of its layers."""
+    convs = {f"conv{i}": conv_norm(4, 4, 3, stride=2) for i in range(layers)}
+    return randomised(Lambda(padded_as_tensorflow, **convs))
+
+
+def test_sizes_too_large_to_follow_are_fixed():
+    """Height and width become the example's where following them would take minutes; another one is refused with the reason."""
+    model, example = halving(5), noise(2, 4, 64, 64)
+    fused = fuse(model, (example,))
+    for candidate in (fused, pickle.loads(pickle.dumps(fused)), fuse(fused, (example,))):  # noqa: S301
+        assert error(model, candidate, noise(3, 4, 64, 64)) <= TOLERANCE
+        for size in ((96, 64), (64, 96)):
+            with pytest.raises(InputError, match=r"shape\[[23]\] == 64\n"):
+                candidate(noise(2, 4, *size))
+    with pytest.raises(InputError, match="computes with height and width in expressions too large to follow"):
+        fused(noise(2, 4, 96, 64))
+
+
+def test_sizes_below_the_bound_are_followed():
+    """Control: with fewer layers of the same kind, every size is taken."""
+    model = halving(2)
+    fused = fuse(model, (noise(2, 4, 64, 64),))
+    for size in ((2, 4, 64, 64), (3, 4, 33, 96), (1, 4, 50, 65)):
+        assert error(model, fused, noise(*size)) <= TOLERANCE
+
+
+def test_it_is_the_bound_that_fixes_them(monkeypatch):
+    """Control: the network with two layers is fixed by a lower bound of either kind, and a decision of forward is not blamed on it."""
+    model = halving(2)
+    for bound in ("LARGEST", "GUARDED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(growth, bound, 10)
+            fused = fuse(model, (noise(2, 4, 64, 64),))
+        with pytest.raises(InputError, match="too large to follow"):
+            fused(noise(2, 4, 96, 64))
+    decided_by = fuse(randomised(Lambda(listed, conv=conv_norm(4, 4, 1))), (noise(*IMAGE),))
+    with pytest.raises(InputError, match="forward decides by that size"):
+        decided_by(noise(2, 4, 8, 11))
+
+
+def test_terms_are_counted_as_a_tree_up_to_a_limit():
+    """A shared part of an expression counts as often as it is read, and counting it does not take long."""
+    x = sympy.Symbol("x")
+    assert growth.terms(x) == 1
+    assert growth.terms(x**2 + 1) == 5
+    deep = x
+    for _ in range(40):
+        deep = sympy.Tuple(deep, deep)
+    assert growth.terms(deep) == growth.GUARDED + 1
