@@ -17,14 +17,16 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_FEW = 16
-"""Output pixels up to which the batch is worth gathering; above, the copies cost more than they save."""
+_FEW, _FEW_GROUPED = 16, 100
+"""Output pixels up to which the batch is worth gathering, of one group and of several: above, the copies cost too much."""
+_ENTRIES = 1 << 22
+"""Column entries that are gathered at once: 32 MB. The columns of a large kernel are many times its image."""
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
 
 
 class BatchedConvolutions(TorchFunctionMode):
-    """Within it, float64 convolutions of small maps, and grouped ones, are computed for all images at once."""
+    """Within it, float64 convolutions of small maps are computed for all images at once."""
 
     def __torch_function__(
         self,
@@ -42,12 +44,12 @@ class BatchedConvolutions(TorchFunctionMode):
 
 
 def _suits(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:  # noqa: A002, ARG001  # torch's names
-    """Whether a call is a float64 convolution of a batch, grouped or with few output pixels."""
+    """Whether a call is a float64 convolution of a batch, with few output pixels."""
     plain = all(isinstance(v, tuple | list) and len(v) == 2 for v in (stride, padding, dilation))
     if not plain or input.dim() != 4 or input.dtype != torch.float64 or (groups == 1 and weight.shape[2:].numel() == 1):
         return False
     height, width = _output_size(input, weight, stride, padding, dilation)
-    return height > 0 < width and (groups > 1 or height * width <= _FEW)
+    return height > 0 < width and height * width <= (_FEW if groups == 1 else _FEW_GROUPED)
 
 
 def _conv(
@@ -64,11 +66,20 @@ def _conv(
     Shapes:  (n, i, h, w), (o, i / groups, kh, kw)  ->  (n, o, h', w')
     """
     height, width = _output_size(input, weight, stride, padding, dilation)
-    columns = F.unfold(input, tuple(weight.shape[2:]), dilation, padding, stride)  # (n, i kh kw, h' w')
-    columns = columns.reshape(len(input), groups, -1, height * width).permute(1, 2, 0, 3).flatten(2)
+    window = (tuple(weight.shape[2:]), dilation, padding, stride)
     kernels = weight.reshape(groups, len(weight) // groups, -1)  # (groups, o / groups, i kh kw / groups)
-    y = (kernels @ columns).view(len(weight), len(input), height, width).transpose(0, 1)
-    return y if bias is None else y + bias.view(-1, 1, 1)
+    y = input.new_empty(groups, kernels.shape[1], len(input) * height * width)
+    together = max(1, _ENTRIES // (len(input) * height * width * kernels.shape[2]))
+    for start in range(0, groups, together):
+        part = input.unflatten(1, (groups, -1))[:, start : start + together].flatten(1, 2)
+        columns = F.unfold(part, *window).unflatten(
+            1, (-1, kernels.shape[2])
+        )  # (n, some groups, i kh kw / groups, h' w')
+        torch.bmm(
+            kernels[start : start + together], columns.permute(1, 2, 0, 3).flatten(2), out=y[start : start + together]
+        )
+    result = y.view(len(weight), len(input), height, width).transpose(0, 1)
+    return result if bias is None else result + bias.view(-1, 1, 1)
 
 
 def _output_size(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> list[int]:

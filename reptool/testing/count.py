@@ -45,6 +45,7 @@ _KINDS = {
     "ConvTranspose2d": "ConvTranspose",
     "BatchNorm1d": "BatchNorm",
     "BatchNorm2d": "BatchNorm",
+    "batch_norm": "BatchNorm",
     "layer_norm": "LayerNorm",
     "instance_norm": "InstanceNorm",
     "mm": "MatMul",

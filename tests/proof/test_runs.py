@@ -156,6 +156,23 @@ def test_batched_convolution_is_the_convolution(call, monkeypatch):
     assert float((got - expected).abs().max()) <= 1e-14 * float(expected.abs().max())
 
 
+def test_batched_convolution_gathers_little_at_once(monkeypatch):
+    """However many groups there are, the columns of a few are held at a time, and the result is the same."""
+    layer, x = nn.Conv2d(12, 12, 3, padding=1, groups=6).double(), torch.randn(2, 12, 5, 5, dtype=torch.float64)
+    gathered = []
+    real = torch.nn.functional.unfold
+    monkeypatch.setattr(matmul.F, "unfold", lambda part, *more: gathered.append(part.shape[1]) or real(part, *more))
+    with torch.no_grad():
+        expected = layer(x)
+        for entries, pieces in ((1 << 22, [12]), (4 * 2 * 2 * 9 * 25, [8, 4]), (1, [2] * 6)):
+            gathered.clear()
+            monkeypatch.setattr(matmul, "_ENTRIES", entries)
+            with matmul.BatchedConvolutions():
+                got = layer(x)
+            assert gathered == pieces
+            assert float((got - expected).abs().max()) <= 1e-14 * float(expected.abs().max())
+
+
 def test_batched_convolution_leaves_other_calls_alone():
     """Single precision, images without a batch, named padding and keywords are torch's own bits."""
     x, w = torch.randn(2, 3, 3, 3), torch.randn(4, 3, 3, 3)
