@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -128,15 +129,43 @@ def test_every_error_is_listed_with_its_exit_code() -> None:
     assert codes >= {0, *there.values(), 70, 130, 143}
 
 
-def test_every_family_of_networks_is_in_the_readme() -> None:
-    """The README's table names each family of networks."""
-    from reptool.models import family_of, list_models
-
-    listed = set(re.findall(r"^\| (\w+) \| `", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE))
-    assert listed == {family_of(name) for name in list_models()}
-
-
 def test_pages_stay_short() -> None:
     """The front page is read in a minute, the rules of the house in five."""
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 135  # twenty are the table of papers
     assert len((ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()) < 150
+
+
+def table_rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the rows of the table whose head begins so."""
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(heading))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_zoo_page_lists_every_network_and_naming() -> None:
+    """The page of the zoo names every family with its networks and blocks, and whose keys are recognised."""
+    from reptool.checkpoint.networks import namings
+    from reptool.models import family_of, list_models
+
+    rows = {row[0].strip("`"): row for row in table_rows("docs/zoo.md", "| family |")}
+    for names, column in ((list_models(), 2), (list_models(blocks=True), 3)):
+        wanted = {family: {n for n in names if family_of(n) == family} for family in rows}
+        assert {family: set(re.findall(r"`(\w+)`", row[column])) for family, row in rows.items()} == wanted
+        assert sum(map(len, wanted.values())) == len(names)
+    for naming in namings():
+        assert naming.implementation in rows[naming.family][4].split(", ")
+
+
+def test_every_example_of_the_papers_table_runs() -> None:
+    """Each of the seventeen one-line examples of the README runs as it stands, and its networks exist."""
+    from reptool.models import list_models
+
+    rows = table_rows("README.md", "| paper | block |")
+    assert len(rows) == 17
+    given: dict[str, object] = {}
+    exec(next(block for page, block in code("python") if page == "README.md" and "tokens, image" in block), given)  # noqa: S102
+    for paper, example, networks in rows:
+        result = eval(example.strip("`"), given)  # noqa: S307  # our own page
+        assert hasattr(result, "shape"), paper
+        assert set(re.findall(r"`(\w+)`", networks)) <= set(list_models())

@@ -1,6 +1,6 @@
 """The networks and their blocks, in training form, by name; importing this registers them."""
 
-from reptool.models import attention, rep
-from reptool.models.registry import ModelCard, card, create_model, family_of, list_models
+from reptool.models import attention, mlp, rep
+from reptool.models.registry import ModelCard, arguments_of, card, create_model, family_of, list_models
 
-__all__ = ["ModelCard", "attention", "card", "create_model", "family_of", "list_models", "rep"]
+__all__ = ["ModelCard", "arguments_of", "attention", "card", "create_model", "family_of", "list_models", "mlp", "rep"]

@@ -124,7 +124,8 @@ def deep_stem(width: int) -> nn.Sequential:
 class ResNet(nn.Module):
     """A stem and four stages of blocks, the first block of stages 2-4 at stride 2, then a linear classifier.
 
-    ``block`` is called with in_channels, width, stride and dilation, and gives ``expansion`` times the width. ``stem`` takes the place
+    ``block`` is called with in_channels, width, stride and dilation, and gives ``expansion`` times the width; it is one for
+    all stages, or a list of one for each. ``stem`` takes the place
     of the 7 x 7 convolution and gives ``stem_width`` channels; ``ceil_pool`` pools without border and rounds up. At ``output_stride`` 16 or 8 the last stage or two
     dilate instead of striding, for dense prediction.
 
@@ -133,7 +134,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: Callable[..., nn.Module],
+        block: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]],
         depths: Sequence[int],
         widths: Sequence[int] = (64, 128, 256, 512),
         *,
@@ -152,12 +153,13 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, 0 if ceil_pool else 1, ceil_mode=ceil_pool)
+        blocks = [block] * len(depths) if callable(block) else block
         so_far, dilation, stages = 4, 1, []
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             stride = 1 if index == 0 or so_far >= output_stride else 2
             dilation *= 2 if index and stride == 1 else 1
             so_far *= stride
-            stages.append(make_stage(block, channels, width, depth, stride, dilation, expansion))
+            stages.append(make_stage(blocks[index], channels, width, depth, stride, dilation, expansion))
             channels = width * expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)

@@ -70,14 +70,12 @@ def _conv(
     kernels = weight.reshape(groups, len(weight) // groups, -1)  # (groups, o / groups, i kh kw / groups)
     y = input.new_empty(groups, kernels.shape[1], len(input) * height * width)
     together = max(1, _ENTRIES // (len(input) * height * width * kernels.shape[2]))
+    channels = input.shape[1] // groups
     for start in range(0, groups, together):
-        part = input.unflatten(1, (groups, -1))[:, start : start + together].flatten(1, 2)
-        columns = F.unfold(part, *window).unflatten(
-            1, (-1, kernels.shape[2])
-        )  # (n, some groups, i kh kw / groups, h' w')
-        torch.bmm(
-            kernels[start : start + together], columns.permute(1, 2, 0, 3).flatten(2), out=y[start : start + together]
-        )
+        some = slice(start, start + together)
+        columns = F.unfold(input[:, start * channels : (start + together) * channels], *window)
+        columns = columns.view(len(input), -1, kernels.shape[2], height * width)  # (n, some, i kh kw / groups, h' w')
+        torch.bmm(kernels[some], columns.permute(1, 2, 0, 3).flatten(2), out=y[some])
     result = y.view(len(weight), len(input), height, width).transpose(0, 1)
     return result if bias is None else result + bias.view(-1, 1, 1)
 

@@ -35,6 +35,10 @@ PARAMETERS = {
     "acnet_vgg16": 24_810_570,
     "acnet_resnet56": 1_429_434,
     "acnet_resnet18": 19_028_520,
+    "acnet_wrn16_8": 18_172_538,
+    "acnet_alexnet": 63_884_200,
+    "acnet_densenet40": 1_608_490,
+    "acnet_densenet121": 9_415_400,
     "repvgg": 9_108_968,
     "repvggplus": 146_062_864,
 }
@@ -49,6 +53,7 @@ LISTINGS = {
     "repvggplus-official-repvggplus-l2pse-train": "repvggplus_l2pse",
     "acnet-official-resnet18-train": "acnet_resnet18",
     "acnet-official-vgg16-cifar-train": "acnet_vgg16",
+    "acnet-official-wrn16-8-cifar-train": "acnet_wrn16_8",
 }
 
 # small networks of every class: name, arguments, image height and width (odd or not square)
@@ -69,6 +74,8 @@ SMALL = [
     ("acnet_vgg16", {"widths": [4, 4, 4, 4, 4, 4, 4, 8, 8, 8, 8, 8, 8]}, (33, 47)),
     ("acnet_resnet56", {"num_blocks": [1, 2, 1], "widths": [8, 8, 16]}, (21, 31)),
     ("acnet_resnet18", {"num_blocks": [1, 2, 1, 1], "widths": [8, 8, 16, 16], "num_classes": 5}, (67, 45)),
+    ("acnet_wrn16_8", {"num_blocks": [1, 2, 1], "widths": [4, 8, 8, 16]}, (21, 31)),
+    ("acnet_densenet40", {"depths": [2, 2, 1], "width": 6, "growth": 4}, (21, 31)),
 ]
 SMALL_IDS = [f"{name}-{index}" for index, (name, _, _) in enumerate(SMALL)]
 
@@ -177,7 +184,8 @@ def test_multiply_accumulates_tell_variants_apart():
 
 def test_every_official_listing_is_checked():
     """The table of listings covers all training listings of official code that lie in the golden folder."""
-    stored = [name for name in golden_vectors.listing_names("", "train") if "-official-" in name]
+    families = ("repvgg-", "repvggplus-", "acnet-")
+    stored = [n for n in golden_vectors.listing_names("", "train") if n.startswith(families) and "-official-" in n]
     assert sorted(LISTINGS) == stored
 
 

@@ -49,14 +49,15 @@ class ShiftedConv(nn.Conv2d):
             bias=False,
             padding_mode=padding_mode,
         )
-        crop = (min(columns, 0), min(columns, 0), min(rows, 0), min(rows, 0))
+        crop = [min(columns, 0), min(columns, 0), min(rows, 0), min(rows, 0)]
         self.crop = crop if any(crop) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Crop where the border asks for it, then convolve."""
         if self.crop is not None:
             x = functional.pad(x, self.crop)
-        return super().forward(x)
+        y: Tensor = self._conv_forward(x, self.weight, self.bias)
+        return y
 
 
 class ACB(nn.Module):
