@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' requirements.txt)
 INDEX  := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: help demo test slow check bench coverage clean
+.PHONY: help demo test slow check bench coverage zoo clean
 help:  ## print this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 8
 
@@ -28,6 +28,9 @@ bench: .venv/peers  ## time reptool against the pipeline of today
 
 coverage: .venv/peers  ## fuse public architectures: what is left, and whether any is slower
 	$(BIN)/python benchmarks/coverage.py
+
+zoo: .venv/peers  ## measure what every network and block of the zoo gains
+	$(BIN)/python benchmarks/zoo.py
 
 clean:  ## remove the environment and everything that was made
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
