@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reptool._version import __version__
 
 if TYPE_CHECKING:
+    from reptool.checkpoint.blockwise import fuse_state_dict
     from reptool.checkpoint.load import load
     from reptool.errors import ReptoolError
     from reptool.formats import export
@@ -24,6 +25,7 @@ __all__ = [
     "create_model",
     "export",
     "fuse",
+    "fuse_state_dict",
     "list_models",
     "load",
     "save",
@@ -35,6 +37,7 @@ _HOME = {
     "create_model": "reptool.models",
     "export": "reptool.formats",
     "fuse": "reptool.fusion",
+    "fuse_state_dict": "reptool.checkpoint.blockwise",
     "list_models": "reptool.models",
     "load": "reptool.checkpoint.load",
     "save": "reptool.public",

@@ -185,7 +185,7 @@ def _inferred(known: Architecture | None, official: Shapes, model: str | None) -
                 "the checkpoint is incomplete: a layer its network must have is missing",
                 at=str(error).strip("'\"()"),
                 why="the keys are those of a known family, but not all of them are there",
-                do="use the whole state_dict, or name the network with -m",
+                do="use the whole state_dict, or name the network with -m; fuse --blocks-only asks for no network",
             ) from error
         return model, {}
     if model is None or model == name:
@@ -217,7 +217,7 @@ def _hold(found: Recognition, official: Shapes) -> None:
             if part
         ),
         why="a network that does not have exactly these weights would compute something else",
-        do="check the file, or name its network with -m",
+        do="check the file, or name its network with -m; fuse --blocks-only asks for no network",
     )
 
 

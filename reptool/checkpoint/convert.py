@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from reptool._version import __version__
+from reptool.affine.operators import Refusal
 from reptool.checkpoint.architectures import Recognition, deployed_shapes, recognise
 from reptool.checkpoint.health import check_health
 from reptool.checkpoint.load import EPS_KEY, assigned, deployed, probe_sizes
-from reptool.checkpoint.recipes import EPS, blocks, fuse_block, fused_tensors, pieces, replaced_keys
+from reptool.checkpoint.recipes import EPS, blocks, fused_tensors, pieces, refused, replaced_keys, try_block
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.proof.endtoend import verify_models
 from reptool.proof.region import stored_is_rounded
@@ -62,10 +63,12 @@ def convert(
     checkpoint: Checkpoint,
     model: str | None = None,
     *,
-    eps: float = EPS,
+    eps: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Fuse every block of a known network's checkpoint; everything else passes through untouched.
+
+    Norms have ``eps``, by default what torch takes.
 
     Raises:  UnknownModelError or InputError if the file is not such a network's, NothingToFuseError if it is fused
              already, NotEquivalentError if the result is not equal (a fault of ours)
@@ -81,6 +84,9 @@ def convert(
             do=f"reptool export {checkpoint.path} --format onnx",
         )
     notices = (*checkpoint.notices, *check_health(checkpoint.tensors))
+    if eps is None:
+        eps = EPS
+        notices = (*notices, f"eps of the norms is assumed to be {eps:g}: a state_dict does not carry it")
     kept = {k: t for k, t in checkpoint.tensors.items() if k not in set(found.dropped)}
     if found.dropped:
         notices = (*notices, f"dropped {len(found.dropped)} tensors that only training uses: {found.dropped[0]}, ...")
@@ -102,7 +108,7 @@ def convert(
     names = ("recognise and check", "fuse and prove regions", "verify end to end")
     seconds = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
     return Conversion(
-        tensors, found, verdict, merged, (_count(checkpoint.tensors), _count(tensors)), eps, notices, seconds
+        tensors, found, verdict, merged, (learned(checkpoint.tensors), learned(tensors)), eps, notices, seconds
     )
 
 
@@ -140,25 +146,30 @@ def _fuse_all(
     proofs: list[RegionProof] = []
     merged: dict[str, tuple[str, ...]] = {}
     for index, (prefix, recipe) in enumerate(todo):
-        stored, proof = _fuse_in_pieces(tensors, prefix, recipe, eps)
+        done = fuse_in_pieces(tensors, prefix, recipe, eps)
+        if isinstance(done, Refusal):
+            raise refused(prefix, done)
+        stored, proof = done
         proofs.append(proof)
         old = replaced_keys(result, prefix, recipe)
-        merged[f"{prefix}{recipe.merged}"] = _parts(old, prefix, recipe)
-        result = _replaced(result, old, stored)
+        merged[recipe.fused_name(prefix)] = parts_there(old, prefix, recipe)
+        result = replaced(result, old, stored)
         if on_progress is not None:
             on_progress(index + 1, len(todo))
     return result, tuple(proofs), merged
 
 
-def _fuse_in_pieces(
-    tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float
-) -> tuple[dict[str, Tensor], RegionProof]:
-    """One block's fused tensors, and the worst proof of its pieces."""
-    like = tensors[f"{prefix}{recipe.branches[0].conv}.weight"]
+def fuse_in_pieces(
+    tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float | None
+) -> tuple[dict[str, Tensor], RegionProof] | Refusal:
+    """One block's fused tensors, and the worst proof of its pieces; or why it cannot be fused."""
+    like = tensors[f"{prefix}{recipe.main}.weight"]
     parts: list[dict[str, Tensor]] = []
     proofs: list[RegionProof] = []
     for rows in pieces(tensors, prefix, recipe):
-        block = fuse_block(tensors, prefix, recipe, eps, rows)
+        block = try_block(tensors, prefix, recipe, eps, rows)
+        if isinstance(block, Refusal):
+            return block
         parts.append(fused_tensors(block, like))
         _require_exact(block, parts[-1])
         proofs.append(block.proof)
@@ -184,12 +195,12 @@ def _require_exact(block: FusedBlock, stored: Mapping[str, Tensor]) -> None:
             )
 
 
-def _parts(old: list[str], prefix: str, recipe: Recipe) -> tuple[str, ...]:
+def parts_there(old: list[str], prefix: str, recipe: Recipe) -> tuple[str, ...]:
     """The names of the parts that were there."""
-    return tuple(p for p in recipe.parts if any(k.startswith(f"{prefix}{p}.") for k in old))
+    return tuple(p for p in recipe.parts if any(f"{k}.".startswith(f"{prefix}{p}.") for k in old))
 
 
-def _replaced(tensors: dict[str, Tensor], old: list[str], new: dict[str, Tensor]) -> dict[str, Tensor]:
+def replaced(tensors: dict[str, Tensor], old: list[str], new: dict[str, Tensor]) -> dict[str, Tensor]:
     """The mapping with the old keys gone and the new ones where the first of them stood."""
     result: dict[str, Tensor] = {}
     gone = set(old)
@@ -228,7 +239,7 @@ def _structure(
     return tuple(problems)
 
 
-def _count(tensors: Mapping[str, Tensor]) -> int:
+def learned(tensors: Mapping[str, Tensor]) -> int:
     """Learned numbers: everything but the norms' statistics."""
     return sum(
         t.numel() for k, t in tensors.items() if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))

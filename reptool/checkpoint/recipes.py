@@ -1,19 +1,25 @@
-"""Block families as data: which keys are the branches of one block, and under which name the fused kernel is written.
+"""Block families found among keys, and each block fused: its branches as one convolution, proved in float64.
 
-A recipe says no more than the paper's figure of the block; the algebra does the rest.
+The families are data, one file each in ``families``; here is what is done with them.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reptool.affine.form import compose, merge
-from reptool.affine.operators import BatchNorm, Conv, Identity, Operator, Refusal, double, run
+from reptool.affine.operators import BatchNorm, Conv, Identity, Operator, Refusal, run
+from reptool.checkpoint import families
+from reptool.checkpoint.recipe import EPS, Branch, Reading, Recipe, read_block
 from reptool.errors import InputError
 from reptool.proof.region import prove_region
 
@@ -22,72 +28,32 @@ if TYPE_CHECKING:
 
     from reptool.proof.verdict import RegionProof
 
-EPS = 1e-5
-"""What torch's batch norm adds to the variance; a state_dict does not carry it."""
+__all__ = [
+    "EPS",
+    "RECIPES",
+    "Branch",
+    "FusedBlock",
+    "Recipe",
+    "blocks",
+    "fuse_block",
+    "fused_tensors",
+    "merged_blocks",
+    "pieces",
+    "refused",
+    "replaced_keys",
+    "try_block",
+]
+
+_FIRST = ("repvgg", "acb")
+"""Families that messages name before the others."""
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One path of a block: a convolution (None for the identity) and the norm after it (None for none)."""
-
-    conv: str | None
-    norm: str | None
+def _recipes() -> tuple[Recipe, ...]:
+    names = sorted((m.name for m in iter_modules(families.__path__)), key=lambda n: (*(n != f for f in _FIRST), n))
+    return tuple(r for name in names for r in import_module(f"{families.__name__}.{name}").RECIPES)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A block family under one implementation's names.
-
-    ``merged`` is the name of the fused convolution; the first branch is the one that is always there; ``last_norm`` may
-    follow the sum.
-    """
-
-    family: str
-    implementation: str
-    merged: str
-    branches: tuple[Branch, ...]
-    last_norm: str | None = None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Every name, below the block's own prefix, whose tensors the fused kernel replaces."""
-        names = [n for b in self.branches for n in (b.conv, b.norm) if n]
-        return (*names, self.last_norm) if self.last_norm else tuple(names)
-
-
-RECIPES = (
-    Recipe(
-        "repvgg",
-        "official",
-        "rbr_reparam",
-        (
-            Branch("rbr_dense.conv", "rbr_dense.bn"),
-            Branch("rbr_1x1.conv", "rbr_1x1.bn"),
-            Branch(None, "rbr_identity"),
-        ),
-    ),
-    Recipe(
-        "repvgg",
-        "timm",
-        "reparam_conv",
-        (
-            Branch("conv_kxk.conv", "conv_kxk.bn"),
-            Branch("conv_1x1.conv", "conv_1x1.bn"),
-            Branch(None, "identity"),
-        ),
-    ),
-    Recipe(
-        "acb",
-        "official",
-        "fused_conv",
-        (
-            Branch("square_conv", "square_bn"),
-            Branch("ver_conv", "ver_bn"),
-            Branch("hor_conv", "hor_bn"),
-        ),
-        last_norm="last_bn",
-    ),
-)
+RECIPES = _recipes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,32 +68,99 @@ class FusedBlock:
 
 
 def blocks(keys: Iterable[str]) -> Iterator[tuple[str, Recipe]]:
-    """The blocks in training form among the keys: their prefixes ("" or ending in a dot) and recipes, in key order."""
-    seen: set[str] = set()
-    patterns = [(re.compile(rf"(|.*\.){re.escape(str(r.branches[0].conv))}\.weight"), r) for r in RECIPES]
-    keys = list(keys)
+    """The blocks in training form among the keys: their prefixes ("" or ending in a dot) and recipes, in key order.
+
+    A recipe's numbers are filled in. Where two recipes claim a key, the one that explains more keys has it.
+    """
+    given = list(keys)
+    ordered = sorted(given)
+    found = [(index, *c, replaced_keys(_under(ordered, c[0]), *c)) for index, c in _candidates(given, ordered)]
+    claimed: set[str] = set()
+    chosen: list[tuple[int, str, Recipe]] = []
+    for index, prefix, recipe, own in sorted(found, key=lambda f: -len(f[3])):
+        if claimed.isdisjoint(own):
+            claimed.update(own)
+            chosen.append((index, prefix, recipe))
+    proper = {recipe.family for _, _, recipe in chosen if not recipe.companion}
+    for _, prefix, recipe in sorted(chosen, key=lambda c: c[0]):
+        if not recipe.companion or recipe.family in proper:
+            yield prefix, recipe
+
+
+def _candidates(keys: list[str], ordered: list[str]) -> Iterator[tuple[int, tuple[str, Recipe]]]:
+    """Every block that some recipe sees, and at which key."""
     known = set(keys)
-    for key in keys:
-        for pattern, recipe in patterns:
-            found = pattern.fullmatch(key)
-            if found and found[1] not in seen and _complete(found[1], recipe, known):
-                seen.add(found[1])
-                yield found[1], recipe
+    for index, key in enumerate(keys):
+        if not key.endswith(".weight"):
+            continue
+        for recipe in RECIPES:
+            found = _main(recipe).fullmatch(key)
+            if found is None:
+                continue
+            filled = _numbered(recipe, found[1], found.groups()[1:], ordered)
+            needs = (f"{found[1]}{key}" for key in filled.needs)
+            if (
+                len(filled.branches) >= recipe.required
+                and known.issuperset(needs)
+                and _complete(found[1], filled, known)
+            ):
+                yield index, (found[1], filled)
+
+
+@cache
+def _main(recipe: Recipe) -> re.Pattern[str]:
+    """What the key of a recipe's first convolution looks like: the prefix, and the numbers in its name."""
+    return re.compile(rf"(|.*\.){_digits(recipe.main)}\.weight")
+
+
+def _digits(name: str) -> str:
+    return re.escape(name).replace(r"\*", r"(\d+)")
+
+
+def _numbered(recipe: Recipe, prefix: str, numbers: tuple[str, ...], ordered: list[str]) -> Recipe:
+    """The recipe of one block: with its own numbers, or with as many branches as there are."""
+    if numbers:
+        names = [name.replace("*", numbers[0]) for name in (recipe.merged, *recipe.needs)]
+        branches = tuple(b.numbered(numbers) for b in recipe.branches)
+        return replace(recipe, merged=names[0], needs=tuple(names[1:]), branches=branches)
+    if not any("*" in name for b in recipe.branches for name in b.names):
+        return recipe
+    result: list[Branch] = []
+    for branch in recipe.branches:
+        if "*" not in branch.mark:
+            result.append(branch)
+            continue
+        pattern = re.compile(re.escape(prefix) + _digits(branch.mark))
+        found = (pattern.fullmatch(key) for key in _under(ordered, prefix))
+        several = (branch.numbered(m.groups()) for m in found if m)
+        result += [b for b in several if b.conv != recipe.main]
+    return replace(recipe, branches=tuple(result))
+
+
+def _under(ordered: list[str], prefix: str) -> list[str]:
+    """The keys below a prefix, out of sorted ones."""
+    return ordered[bisect_left(ordered, prefix) : bisect_left(ordered, f"{prefix}\U0010ffff")]
 
 
 def _complete(prefix: str, recipe: Recipe, keys: set[str]) -> bool:
-    """Whether a second branch stands beside the first; one alone is no block."""
-    second = recipe.branches[1]
-    return f"{prefix}{second.conv}.weight" in keys and f"{prefix}{second.norm}.running_var" in keys
+    """Whether the branches that are always there stand beside the first; one alone is no block."""
+    return all(not b.mark or f"{prefix}{b.mark}" in keys for b in recipe.branches[: recipe.required])
 
 
 def merged_blocks(keys: Iterable[str]) -> Iterator[tuple[str, Recipe]]:
-    """The blocks in deploy form among the keys."""
+    """The blocks in deploy form among the keys; where two recipes write the same name, under the first."""
+    patterns = [(re.compile(rf"(|.*\.){re.escape(r.merged)}\.{_told(r)}"), r) for r in RECIPES if r.telling]
     for key in keys:
-        for recipe in RECIPES:
-            found = re.fullmatch(rf"(|.*\.){recipe.merged}\.weight", key)
+        for pattern, recipe in patterns:
+            found = pattern.fullmatch(key)
             if found:
                 yield found[1], recipe
+                break
+
+
+def _told(recipe: Recipe) -> str:
+    """Which tensor of the fused convolution the training form has not."""
+    return "bias" if recipe.merged in recipe.parts else "weight"
 
 
 _PIECE = 1 << 22
@@ -136,97 +169,89 @@ _PIECE = 1 << 22
 
 def pieces(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe) -> Iterator[slice]:
     """A block's output channels in slices small enough to be fused in little memory; groups stay whole."""
-    main = tensors[f"{prefix}{recipe.branches[0].conv}.weight"]
-    whole = main.shape[0] // _groups(tensors, prefix, recipe, main)
-    whole = 1 if whole == main.shape[0] else whole
-    step = max(1, _PIECE // max(1, main[0].numel()) // whole) * whole
-    for start in range(0, main.shape[0], step):
-        yield slice(start, min(start + step, main.shape[0]))
+    main = tensors[f"{prefix}{recipe.main}.weight"]
+    block = read_block(tensors, prefix, recipe, None)
+    whole = 1 if isinstance(block, Refusal) else len(main) // block.groups
+    whole = 1 if whole == len(main) else whole
+    image = 2 * _side(max(main.shape[2:], default=1)) ** 2
+    step = max(1, _PIECE // max(1, main[0].numel(), image) // whole) * whole
+    step = len(main) if recipe.whole else step
+    for start in range(0, len(main), step):
+        yield slice(start, min(start + step, len(main)))
 
 
 def fuse_block(
-    tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float = EPS, rows: slice = slice(None)
+    tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float | None = None, rows: slice = slice(None)
 ) -> FusedBlock:
     """One block's branches as one convolution, proved on random input in float64; of ``rows``, those outputs only.
 
+    Norms have ``eps``, or if it is None the family's.
+
     Raises:  InputError for a branch that cannot be merged or whose tensors do not fit
     """
-    paths = [p for p in (_path(tensors, prefix, b, recipe, eps, rows) for b in recipe.branches) if p]
+    block = try_block(tensors, prefix, recipe, eps, rows)
+    if isinstance(block, Refusal):
+        raise refused(prefix, block)
+    return block
+
+
+def refused(prefix: str, refusal: Refusal) -> InputError:
+    """The error for a block that cannot be fused."""
+    return InputError(f"the block {prefix.rstrip('.') or '(root)'} cannot be fused", at=prefix, why=refusal.reason)
+
+
+def try_block(
+    tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float | None, rows: slice
+) -> FusedBlock | Refusal:
+    """``fuse_block``, or the reason why it cannot be done."""
+    block = read_block(tensors, prefix, recipe, eps, rows)
+    paths = block if isinstance(block, Refusal) else _paths(block, recipe)
+    if isinstance(block, Refusal) or isinstance(paths, Refusal):
+        return block if isinstance(block, Refusal) else paths  # type: ignore[return-value]
+    last = block.norm(recipe.last_norm) if recipe.last_norm else None
+    total = last if isinstance(last, Refusal) else _total(paths, last)
+    if not isinstance(total, Conv) or isinstance(last, Refusal):
+        return total if isinstance(total, Refusal) else Refusal("it is no convolution")
+    bias = total.bias if total.bias is not None else torch.zeros(total.out_channels, dtype=torch.float64)
+    proof = _prove(prefix.rstrip(".") or recipe.merged or recipe.main, paths, last, total)
+    return FusedBlock(prefix, recipe, total.kernel, bias, proof)
+
+
+def _paths(block: Reading, recipe: Recipe) -> list[list[Operator]] | Refusal:
+    """The operators of every branch that is there."""
+    paths: list[list[Operator]] = []
+    for branch in recipe.branches:
+        path = branch.operators(block)
+        if isinstance(path, Refusal):
+            return path
+        if path is not None:
+            paths.append(path)
+    return paths
+
+
+def _total(paths: list[list[Operator]], last: BatchNorm | None) -> Operator | Refusal:
+    """All branches and the norm after them as one operator."""
     total: Operator | Refusal = Identity(0)
     for index, path in enumerate(paths):
         branch: Operator | Refusal = path[0]
         for operator in path[1:]:
             branch = compose(branch, operator) if not isinstance(branch, Refusal) else branch
         total = branch if index == 0 or isinstance(branch, Refusal) else _merged(total, branch)
-    last = _norm(tensors, f"{prefix}{recipe.last_norm}", eps, rows) if recipe.last_norm else None
-    if last is not None and not isinstance(total, Refusal):
-        total = compose(total, last)
-    if not isinstance(total, Conv):
-        reason = total.reason if isinstance(total, Refusal) else "it is no convolution"
-        raise InputError(f"the block {prefix.rstrip('.') or '(root)'} cannot be fused", at=prefix, why=reason)
-    bias = total.bias if total.bias is not None else torch.zeros(total.out_channels, dtype=torch.float64)
-    proof = _prove(prefix.rstrip(".") or recipe.merged, paths, last, total)
-    return FusedBlock(prefix, recipe, total.kernel, bias, proof)
+    return total if last is None or isinstance(total, Refusal) else compose(total, last)
 
 
 def _merged(total: Operator | Refusal, branch: Operator) -> Operator | Refusal:
     return total if isinstance(total, Refusal) else merge(total, branch)
 
 
-def _path(
-    tensors: Mapping[str, Tensor], prefix: str, branch: Branch, recipe: Recipe, eps: float, rows: slice
-) -> list[Operator] | None:
-    """The operators of one branch, or None if the block has no such branch."""
-    norm = _norm(tensors, f"{prefix}{branch.norm}", eps, rows) if branch.norm else None
-    main = tensors[f"{prefix}{recipe.branches[0].conv}.weight"]
-    groups = _groups(tensors, prefix, recipe, main)
-    if branch.conv is None:
-        return None if norm is None else [_unchanged(main, groups, rows), norm]
-    kernel, bias = (tensors.get(f"{prefix}{branch.conv}.{part}") for part in ("weight", "bias"))
-    if kernel is None:
-        return None
-    conv = _centred(kernel[rows], None if bias is None else bias[rows], groups * len(main[rows]) // len(main) or 1)
-    return [conv] if norm is None else [conv, norm]
-
-
-def _groups(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, main: Tensor) -> int:
-    """The groups of a block with an identity, whose norm has one entry an input channel; elsewhere they do not matter."""
-    for branch in recipe.branches:
-        found = tensors.get(f"{prefix}{branch.norm}.running_var") if branch.conv is None else None
-        if found is not None:
-            return max(1, found.shape[0] // main.shape[1])
-    return 1
-
-
-def _unchanged(main: Tensor, groups: int, rows: slice) -> Conv:
-    """The identity as a pointwise convolution with the groups of the main kernel."""
-    eye = torch.eye(main.shape[1], dtype=torch.float64).repeat(groups, 1)[rows]
-    groups = groups * len(main[rows]) // len(main) or 1
-    return Conv(eye[:, :, None, None], None, (1, 1), ((0, 0), (0, 0)), (1, 1), groups)
-
-
-def _centred(kernel: Tensor, bias: Tensor | None, groups: int) -> Conv:
-    """A kernel whose border keeps the size; a sum of centred kernels does not depend on stride, dilation or padding."""
-    if any(k % 2 == 0 for k in kernel.shape[2:]):
-        raise InputError(f"a kernel of size {tuple(kernel.shape[2:])} has no centre tap")
-    pads = tuple((k // 2, k // 2) for k in kernel.shape[2:])
-    return double(Conv(kernel, bias, (1, 1), pads, (1, 1), groups))
-
-
-def _norm(tensors: Mapping[str, Tensor], name: str, eps: float, rows: slice) -> BatchNorm | None:
-    """A norm from its tensors; ``affine=False`` leaves weight and bias out."""
-    if f"{name}.running_var" not in tensors:
-        return None
-    parts = (tensors.get(f"{name}.{part}") for part in ("running_mean", "running_var", "weight", "bias"))
-    mean, var, weight, bias = (None if t is None else t[rows] for t in parts)
-    if mean is None or var is None:
-        raise InputError(f"the norm {name} has a variance and no mean", at=f"{name}.running_mean")
-    return double(BatchNorm(mean, var, weight, bias, eps))
+def _side(window: int) -> int:
+    """The side of an image that shows every tap and every border of such a window."""
+    return min(2 * window + 1, window + 6)
 
 
 def _prove(name: str, paths: list[list[Operator]], last: BatchNorm | None, fused: Conv) -> RegionProof:
     """The branches as they were against the fused kernel, on two dense random images with every border."""
-    side = 2 * max(fused.window) + 1
+    side = _side(max(fused.window))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, fused.in_channels, side, side + 1, generator=generator, dtype=torch.float64)
 
@@ -244,11 +269,13 @@ def _prove(name: str, paths: list[list[Operator]], last: BatchNorm | None, fused
 
 def fused_tensors(block: FusedBlock, like: Tensor) -> dict[str, Tensor]:
     """The tensors of a fused block under its family's deploy names, rounded once to the dtype of ``like``."""
-    name = f"{block.prefix}{block.recipe.merged}"
-    return {f"{name}.weight": block.kernel.to(like.dtype), f"{name}.bias": block.bias.to(like.dtype)}
+    weight, bias = (block.recipe.fused_key(block.prefix, part) for part in ("weight", "bias"))
+    kernel = block.kernel if like.dim() != 2 else block.kernel.flatten(1)
+    return {weight: kernel.to(like.dtype), bias: block.bias.to(like.dtype)}
 
 
 def replaced_keys(keys: Iterable[str], prefix: str, recipe: Recipe) -> list[str]:
     """The keys of one block that its fused kernel replaces."""
-    starts = tuple(f"{prefix}{part}." for part in recipe.parts)
-    return [k for k in keys if k.startswith(starts)]
+    names = [f"{prefix}{part}" for part in recipe.parts]
+    starts, whole = tuple(f"{name}." for name in names), set(names)
+    return [k for k in keys if k.startswith(starts) or k in whole]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
 )
 @model_option
 @eps_option
+@click.option("--blocks-only", is_flag=True, help="Fuse and prove blocks, whatever network they are in.")
+@click.option(
+    "--assume",
+    multiple=True,
+    metavar="FAMILY=READING",
+    help="How to read blocks that can be read in two ways; implies --blocks-only.",
+)
+@click.option("--report", type=click.Path(path_type=Path), help="Write one row a block, worst first, as JSON.")
 @image_size
 @overwrite_option
 @strict_option
@@ -42,22 +52,31 @@ def fuse(checkpoint: Path, output: Path | None, model: str | None, eps: float | 
 
     \b
     Reads .pt, .pth and .safetensors; the network is recognised from keys and shapes. The key names of the output are
-    those the input's own family uses for its deploy form, so that its deploy class loads them.
+    those the input's own family uses for its deploy form, so that its deploy class loads them. In a file of a network
+    that is not known, every block of a known family is fused and proved by itself.
 
     \b
     Examples:
       reptool fuse RepVGG-A0-train.pth
       reptool fuse ckpt.pt -o small.safetensors --overwrite
+      reptool fuse detector.pt --eps 1e-3 --report blocks.json
       reptool fuse mine.pt -m mynet.build:net --img-size 160
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.atomic import check_target  # noqa: PLC0415
     from reptool.checkpoint.read import read_checkpoint  # noqa: PLC0415
     from reptool.checkpoint.zoo import network_of  # noqa: PLC0415
 
+    alone = options["blocks_only"] or options["assume"]
+    if alone and model:
+        raise click.UsageError(f"--blocks-only and --assume ask for no network, and -m names {model}")
     target = output or checkpoint.with_name(f"{checkpoint.stem}.fused.safetensors")
     check_target(target, options["overwrite"], checkpoint)
+    if options["report"] and check_target(options["report"], options["overwrite"], checkpoint) == target.resolve():
+        raise click.UsageError(f"{target} cannot be the output and the report")
     read = read_checkpoint(checkpoint)
-    if model and ":" in model:
+    if alone:
+        _fuse_blocks(read, target, eps, options)
+    elif model and ":" in model:
         _fuse_own(read, model, None, target, eps, options)
     elif (network := network_of(read, model)) is not None:
         _fuse_own(read, network.name, network, target, eps, options)
@@ -66,21 +85,85 @@ def fuse(checkpoint: Path, output: Path | None, model: str | None, eps: float | 
 
 
 def _fuse_known(read: Checkpoint, model: str | None, target: Path, eps: float | None, options: dict[str, Any]) -> None:
+    from reptool.checkpoint.blockreport import block_rows  # noqa: PLC0415
+    from reptool.checkpoint.blockwise import has_blocks, require_unfused  # noqa: PLC0415
     from reptool.checkpoint.convert import convert, metadata  # noqa: PLC0415
-    from reptool.checkpoint.recipes import EPS  # noqa: PLC0415
     from reptool.checkpoint.write import write_checkpoint  # noqa: PLC0415
+    from reptool.errors import UnknownModelError  # noqa: PLC0415
 
-    with console.progress("fusing", quiet=options["quiet"]) as bar:
-        done = convert(read, model, eps=eps or EPS, on_progress=bar)
+    require_unfused(read)
+    try:
+        with console.progress("fusing", quiet=options["quiet"]) as bar:
+            done = convert(read, model, eps=eps, on_progress=bar)
+    except UnknownModelError:
+        if model is not None or not has_blocks(read.tensors):
+            raise
+        _fuse_blocks(read, target, eps, options)
+        return
     for text in done.notices:
         console.note(text, quiet=options["quiet"])
     _require_conclusive(done.verdict, strict=options["strict"])
+    rows = block_rows(read.tensors, done.tensors, done.verdict.regions, done.eps) if options["report"] else ()
     write_checkpoint(target, done.tensors, metadata(done, read), options["overwrite"], read.path)
+    _write_report(read, done.recognition.model, [asdict(row) for row in rows], options)
     if options["as_json"]:
         console.as_json({**done.to_dict(), "output": str(target), "source_sha256": read.sha256})
         return
     _print(done, read.path, target, verbose=options["verbose"])
     console.next_command(f"reptool export {target} --format onnx")
+
+
+def _fuse_blocks(read: Checkpoint, target: Path, eps: float | None, options: dict[str, Any]) -> None:
+    """A network that is not known: its blocks only."""
+    from reptool.checkpoint.blockwise import fuse_blocks, metadata, require_unfused  # noqa: PLC0415
+    from reptool.checkpoint.write import write_checkpoint  # noqa: PLC0415
+    from reptool.errors import InconclusiveError  # noqa: PLC0415
+
+    require_unfused(read)
+    with console.progress("fusing", quiet=options["quiet"]) as bar:
+        assume = {family: reading for family, _, reading in (text.partition("=") for text in options["assume"])}
+        tensors, report = fuse_blocks(read.tensors, eps, assume, bar)
+    for text in (*read.notices, *report.notices):
+        console.note(text, quiet=options["quiet"])
+    if options["strict"]:
+        raise InconclusiveError(
+            f"proved block by block, {len(report.rows)} of them, but not end to end",
+            at=str(read.path),
+            why="the network around the blocks is not known",
+            do="name it with -m package.module:factory, or leave out --strict",
+        )
+    write_checkpoint(target, tensors, metadata(report, read), options["overwrite"], read.path)
+    _write_report(read, None, [asdict(row) for row in report.rows], options)
+    if options["as_json"]:
+        console.as_json({**report.to_dict(), "output": str(target), "source_sha256": read.sha256})
+        return
+    before, after = report.parameters
+    count = len(report.rows)
+    rows = [
+        ("network", "not known; only its blocks were fused and proved"),
+        ("blocks", f"{count} fused: " + ", ".join(f"{n} {name}" for name, n in report.families.items())),
+        ("left", f"{len(report.left)} blocks") if report.left else ("left", "no block"),
+        ("parameters", f"{before:,} -> {after:,}"),
+        ("file", f"{console.size(read.path.stat().st_size)} -> {console.size(target.stat().st_size)}  {target}"),
+    ]
+    console.table(("fused", ""), rows)
+    if options["verbose"]:
+        console.table(
+            ("block", "merged", "error"), [(r.fused, " + ".join(r.merged), f"{r.error:.1e}") for r in report.rows]
+        )
+    click.echo(report.summary())
+    console.next_command(f"reptool inspect {target}")
+
+
+def _write_report(read: Checkpoint, network: str | None, rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """One row a block, if they were asked for."""
+    from reptool.checkpoint.atomic import atomic_file  # noqa: PLC0415
+
+    if not options["report"]:
+        return
+    value = {"schema_version": 1, "source_sha256": read.sha256, "network": network, "blocks": rows}
+    with atomic_file(options["report"], options["overwrite"], read.path) as path:
+        path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 def _require_conclusive(verdict: Verdict, *, strict: bool) -> None:
@@ -135,6 +218,8 @@ def _fuse_own(
         console.note(text, quiet=options["quiet"])
     _require_conclusive(verdict, strict=options["strict"])
     write_checkpoint(target, fused.state_dict(), own_metadata(read, model, verdict), options["overwrite"], read.path)
+    worst = sorted(report.regions, key=lambda region: -region.proof.error)
+    _write_report(read, model, [region.to_dict() for region in worst], options)
     if options["as_json"]:
         console.as_json(
             {"schema_version": 1, "output": str(target), "fusion": report.to_dict(), "verdict": verdict.to_dict()}

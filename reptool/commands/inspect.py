@@ -6,11 +6,14 @@ import json
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from reptool.commands import console
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @click.command()
@@ -77,13 +80,24 @@ def _network(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
             return {"network": zoo.name, "classes": classes, "key_names": zoo.implementation, "form": "training"}
         network = recognise(shapes)
     except InputError as error:
-        return {"network": error.what}
+        return {"network": error.what, **_blocks(shapes)}
     return {
         "network": network.model,
         "classes": network.num_classes,
         "key_names": network.implementation,
         "form": network.form,
     }
+
+
+def _blocks(keys: Iterable[str]) -> dict[str, Any]:
+    """How many blocks of each known family are there, if any, and their form."""
+    from reptool.checkpoint.recipes import blocks, merged_blocks  # noqa: PLC0415
+
+    given = list(keys)
+    for form, found in (("training", list(blocks(given))), ("fused", list(merged_blocks(given)))):
+        if found:
+            return {"blocks": dict(Counter(recipe.title for _, recipe in found)), "form": form}
+    return {}
 
 
 def _brief(text: str) -> str:

@@ -11,10 +11,12 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional as F
 
-from reptool.affine.operators import Conv, ConvTranspose, Identity
+from reptool.affine.operators import Conv, ConvTranspose, Identity, Scale
+from reptool.affine.pointwise import uniform
 from reptool.graph.layers import exact_weights, has_even_border, layer_of, rounded_weights
+from reptool.graph.leftovers import is_learned
 from reptool.graph.naming import distinct, module_path, region_path, safe
-from reptool.graph.values import arguments_of
+from reptool.graph.values import OPERATOR, arguments_of
 
 if TYPE_CHECKING:
     from reptool.affine.operators import Operator
@@ -223,9 +225,14 @@ class _Writer:
     def _region(self, value: Value) -> fx.Node:
         name = self.names[value.node]
         dtype, device = value.node.meta["val"].dtype, _device(value, self.plan)
+        learned = is_learned(value, self.plan) or any(OPERATOR in source.meta for source in value.sources)
         parts = []
         for index, term in enumerate(self.plan.exact(value).terms):
             path = name if len(value.form.terms) == 1 else f"{name}.{index}"
+            number = None if learned or not isinstance(term.operator, Scale) else uniform(term.operator)
+            if number is not None:
+                parts.append(self.graph.call_function(torch.mul, (self.env[term.atom], number)))  # type: ignore[index]
+                continue
             weights = rounded_weights(term.operator, dtype, device)
             if weights:
                 self.new[path] = (value, index)

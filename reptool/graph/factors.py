@@ -44,7 +44,7 @@ class _Way:
 def hand_factors_back(draft: Draft) -> None:
     """Bring every factor that is the same for all entries to the projection in front of it."""
     for node in list(draft.graph.nodes):
-        found = _factor(draft.reader, node)
+        found = factor_of(draft.reader, node)
         if found is not None:
             _hand_back(draft, node, *found)
 
@@ -82,7 +82,7 @@ def _axis(reader: Reader, source: fx.Node) -> int:
     return output_axis(read[1])
 
 
-def _factor(reader: Reader, node: fx.Node) -> tuple[fx.Node, float] | None:
+def factor_of(reader: Reader, node: fx.Node) -> tuple[fx.Node, float] | None:
     """A value and the one number that a node multiplies all its entries with."""
     if node.target not in {aten.mul.Tensor, aten.div.Tensor} or not is_tensor(node):
         return None
@@ -90,7 +90,7 @@ def _factor(reader: Reader, node: fx.Node) -> tuple[fx.Node, float] | None:
     value, other = given["self"], given["other"]
     if node.target is aten.mul.Tensor and (not is_tensor(value) or reader.tensor(value) is not None):
         value, other = other, value
-    number = _number(reader, other)
+    number = number_of(reader, other)
     if number is None or not is_tensor(value) or shape_of(value) != shape_of(node):
         return None
     factor = number if node.target is aten.mul.Tensor else 1 / number if number else float("inf")
@@ -98,7 +98,8 @@ def _factor(reader: Reader, node: fx.Node) -> tuple[fx.Node, float] | None:
     return (value, factor) if same and isfinite(factor) else None
 
 
-def _number(reader: Reader, argument: object) -> float | None:
+def number_of(reader: Reader, argument: object) -> float | None:
+    """An argument that is one number, or a weight of one entry."""
     if isinstance(argument, (int, float)):
         return float(argument)
     constant = reader.constant(argument)

@@ -36,8 +36,13 @@ def leftovers(plan: Plan) -> tuple[tuple[str, str, str], ...]:
 
 def _is_learned(value: Value, plan: Plan) -> bool:
     """Whether a value is a scale, and has weights; a number in the code is arithmetic, and stays as it was."""
+    return any(isinstance(t.operator, Scale) for t in value.form.terms) and is_learned(value, plan)
+
+
+def is_learned(value: Value, plan: Plan) -> bool:
+    """Whether weights went into a value."""
     weights = (plan.reader.tensor(used) for source in value.sources for used in source.all_input_nodes)
-    return any(isinstance(t.operator, Scale) for t in value.form.terms) and any(w is not None for w in weights)
+    return any(weight is not None for weight in weights)
 
 
 def _kind(value: Value) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 Reading = Form | Refusal
+_OF_SIZES = "it computes with a number that depends on sizes"
 
 
 def name_of(node: fx.Node) -> str:
@@ -58,19 +59,23 @@ def identity(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
 
 def add(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     """A sum."""
-    return _sum(reader, node, v["self"], v["other"], 1.0, v.get("alpha", 1))
+    return _sum(reader, node, v, 1.0)
 
 
 def sub(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     """A difference."""
-    return _sum(reader, node, v["self"], v["other"], 1.0, -v.get("alpha", 1))
+    return _sum(reader, node, v, -1.0)
 
 
-def _sum(reader: Reader, node: fx.Node, a: Any, b: Any, weight_a: float, weight_b: float) -> Reading:
+def _sum(reader: Reader, node: fx.Node, v: dict[str, Any], sign: float) -> Reading:
     """A weighted sum of two values, either of which may be a constant per channel."""
+    a, b, alpha = v["self"], v["other"], v.get("alpha", 1)
+    if any(_is_of_sizes(number) for number in (a, b, alpha)):
+        return Refusal(_OF_SIZES)
+    weight_b = sign * alpha
     terms: list[Term] = []
     constants: list[tuple[Any, float]] = []
-    for value, weight in ((a, weight_a), (b, weight_b)):
+    for value, weight in ((a, 1.0), (b, weight_b)):
         if not isinstance(value, fx.Node) or reader.tensor(value) is not None:
             constants.append((value, float(weight)))
         elif value.meta["val"].dtype != node.meta["val"].dtype or shape_of(value) != shape_of(node):
@@ -86,9 +91,14 @@ def _sum(reader: Reader, node: fx.Node, a: Any, b: Any, weight_a: float, weight_
         if isinstance(found, Refusal) or not terms:
             return found if isinstance(found, Refusal) else Refusal("it is a constant")
         vector, axis = found
-        factor = float(weight_b if terms[0].atom is b else weight_a)
+        factor = float(weight_b if terms[0].atom is b else 1.0)
         terms[0] = Term(terms[0].atom, Scale(torch.full_like(vector, factor), vector * weight, axis))
     return Form(tuple(terms))
+
+
+def _is_of_sizes(argument: Any) -> bool:
+    """Whether an argument is a number that is computed from sizes."""
+    return isinstance(argument, fx.Node) and not isinstance(argument.meta.get("val"), Tensor)
 
 
 def _axis(node: fx.Node) -> int:
@@ -119,6 +129,8 @@ def div(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
 
 
 def _scaled(reader: Reader, node: fx.Node, value: Any, factor: Any, *, invert: bool) -> Reading:
+    if _is_of_sizes(value) or _is_of_sizes(factor):
+        return Refusal(_OF_SIZES)
     if not isinstance(value, fx.Node) or reader.tensor(value) is not None or shape_of(value) != shape_of(node):
         return Refusal("it is a product of two values")
     found = _vector(reader, node, factor)

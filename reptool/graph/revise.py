@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reptool.graph.centring import centre_maps
 from reptool.graph.concat import scale_branches
 from reptool.graph.edits import tidy
 from reptool.graph.factors import hand_factors_back
@@ -12,6 +13,7 @@ from reptool.graph.gains import hand_gains_back
 from reptool.graph.heads import merge_heads
 from reptool.graph.pairs import choose_by_sigmoid
 from reptool.graph.permutations import absorb_permutations
+from reptool.graph.scalars import place_numbers
 from reptool.graph.slides import slide_back
 from reptool.graph.softmax import drop_constants
 from reptool.graph.spread import spread
@@ -30,6 +32,7 @@ def revise(draft: Draft, cost: Cost) -> None:
     Constants are dropped last: only then is known which layers have one, as a norm's shift went into what follows it.
     """
     tidy(draft)
+    place_numbers(draft)
     absorb_permutations(draft)
     scale_branches(draft)
     stack_branches(draft, cost)
@@ -43,4 +46,5 @@ def revise(draft: Draft, cost: Cost) -> None:
     spread(draft)
     drop_constants(draft)
     merge_heads(draft, cost)
+    centre_maps(draft)
     tidy(draft)

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from reptool.graph.carriers import axis_before, carried, computes_nothing
+from reptool.graph.draft import is_tensor
 from reptool.graph.values import arguments_of, shape_of
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ def row_sum(node: fx.Node, axis: int) -> tuple[int, tuple[fx.Node, ...]] | None:
         chain.append(node)
         if node.target in SOFTMAXES:
             return (1, tuple(chain)) if arguments_of(node)["dim"] % len(shape_of(node)) == at else None
-        if node.target is aten.instance_norm.default and at >= 2 and _only_centres(node):
+        if node.target is aten.instance_norm.default and at >= 2 and only_centres(node):
             inner = row_sum(node.args[0], at)  # type: ignore[arg-type]  # a node
             return None if inner is None or inner[0] != 1 else (0, (*chain, *inner[1]))
         if not computes_nothing(node):
@@ -42,7 +43,8 @@ def is_returned(node: fx.Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _only_centres(norm: fx.Node) -> bool:
+def only_centres(norm: fx.Node) -> bool:
+    """Whether an instance norm has statistics of its input alone, and no weights."""
     given = arguments_of(norm)
     return bool(given["use_input_stats"]) and given["weight"] is None and given["bias"] is None
 
@@ -55,7 +57,7 @@ def aligned(axes: frozenset[int], node: fx.Node, result: fx.Node) -> frozenset[i
 
 def axes_of(value: Any, rank: int) -> frozenset[int]:
     """The axes of a result of some rank along which an argument may vary that is broadcast to it."""
-    if not isinstance(value, fx.Node):
+    if not isinstance(value, fx.Node) or not is_tensor(value):
         return frozenset()
     if value.target in EXPANDS:
         value = value.args[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from reptool.affine.form import compose, outline
-from reptool.affine.operators import Refusal, Scale
+from reptool.affine.operators import Conv, Refusal, Scale
 from reptool.graph.carriers import carried
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.moves import PARTINGS, along_one_axis, holders, moved_from, moves_of, numbered, run_move, varying_in
@@ -42,6 +42,7 @@ class Shift:
 
     ``numbers`` makes, for every entry, the number of the one of the constants ``amount`` that is added to it, as long as
     that is known. ``passed`` are the nodes in front that it changes, ``proof`` those whose making was relied on.
+    A shift that is ``averaged`` may be taken by a layer where it is not lost, a ``free`` one by the first that can.
     """
 
     node: fx.Node
@@ -51,6 +52,7 @@ class Shift:
     passed: tuple[fx.Node, ...] = ()
     proof: tuple[fx.Node, ...] = ()
     averaged: bool = False
+    free: bool = False
 
     @property
     def changed(self) -> tuple[fx.Node, ...]:
@@ -95,6 +97,9 @@ def _ends_in(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list
     """Where a shift ends that one reader reads at one position."""
     if _loses(user, position, shift):
         return [End(user, shift.node, shift.changed, shift.proof)]
+    nearest = _taken(reader, shift, user) if shift.free else None
+    if nearest is not None:
+        return nearest
     rows = _rows(user, position, shift)
     if rows is not None and rows[0] == 0:
         return [End(user, shift.node, shift.changed, (*shift.proof, *rows[1]))]
@@ -158,14 +163,11 @@ def _onward(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list[
         return [_moved(shift, piece) for piece in moves_of(shift.node) if piece.args[0] is user]
     if is_tensor(user) and carried(user) is shift.node and position == 0:
         return [_moved(shift, user)]
-    masked = _masked(reader, user, position, shift)
-    if masked is not None:
-        return [masked]
-    for rule in (_summed, _multiplied):
-        varies = rule(user, position, shift)
-        if varies is not None:
-            return [shift.on(user, varies)]
-    scaled = _scaled(reader, user, position, shift)
+    for further in (_masked(reader, user, position, shift), _summed(user, position, shift)):
+        if further is not None:
+            return [further]
+    varies = _multiplied(user, position, shift)
+    scaled = _scaled(reader, user, position, shift) if varies is None else shift.on(user, varies)
     return None if scaled is None else [scaled]
 
 
@@ -174,11 +176,14 @@ def _moved(shift: Shift, move: fx.Node) -> Shift:
     return shift.on(move, varying_in(move, shift.varies), None if made is None else lambda: run_move(move, made()))
 
 
-def _summed(user: fx.Node, position: int, shift: Shift) -> frozenset[int] | None:
-    """A sum, or a change of sign: what is added stays added."""
-    if user.target is aten.neg.default or (user.target in SUMS and position in {0, 1}):
-        return aligned(shift.varies, shift.node, user)
-    return None
+def _summed(user: fx.Node, position: int, shift: Shift) -> Shift | None:
+    """A sum, or a change of sign: what is added stays added, and as it was unless it changes its shape or its sign."""
+    if user.target is not aten.neg.default and not (user.target in SUMS and position in {0, 1}):
+        return None
+    first = user.target in SUMS and position == 0
+    same = first or (user.target is aten.add.Tensor and arguments_of(user)["alpha"] == 1)
+    numbers = shift.numbers if same and shape_of(user) == shape_of(shift.node) else None
+    return shift.on(user, aligned(shift.varies, shift.node, user), numbers)
 
 
 def _masked(reader: Reader, user: fx.Node, position: int, shift: Shift) -> Shift | None:
@@ -244,22 +249,25 @@ def _image(layer: Any, amount: Tensor, numbers: Tensor, axis: int) -> Tensor:
 
 
 def _taken(reader: Reader, shift: Shift, user: fx.Node) -> list[End] | None:
-    """The end of a shift that came through an average, at a layer that adds it to its own constant.
+    """The end of a shift that is free or came through an average, at a layer that adds it to its own constant.
 
     Refuses:  a layer that cannot take it, such as a convolution with a zero border; channels that are not on its axis
     """
-    read = operator_of(reader, user) if shift.averaged and shift.numbers is not None else None
+    may = shift.averaged or shift.free
+    read = operator_of(reader, user) if may and shift.numbers is not None else None
     axis = channel_axis(read[1], shift.node) if read is not None and read[0] is shift.node else None
     if read is None or axis is None or not shift.varies <= {axis} or shift.numbers is None or shift.amount is None:
         return None
     numbers = along_one_axis(shift.numbers(), axis)
+    if numbers is None or (shift.free and not isinstance(read[1], Conv)):
+        return None
     named = 1 if axis == 1 and len(shape_of(shift.node)) > 2 else -1
-    if numbers is None or isinstance(_with_shift(read[1], len(numbers), named), Refusal):
+    unknown = torch.empty(len(numbers), dtype=torch.float64, device="meta")
+    if isinstance(with_shift(outline(read[1]), unknown, named), Refusal):
         return None
     return [End(user, shift.node, shift.changed, shift.proof, shift.amount()[numbers], named)]
 
 
-def _with_shift(operator: Any, channels: int, axis: int) -> Any:
-    """A layer with a shift in front, as one operator without values."""
-    shift = torch.empty(channels, dtype=torch.float64, device="meta")
-    return compose(Scale(shift, shift, axis), outline(operator))
+def with_shift(operator: Any, shift: Tensor, axis: int) -> Any:
+    """An operator with a shift in front, as one."""
+    return compose(Scale(torch.ones_like(shift), shift, axis), operator)

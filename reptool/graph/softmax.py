@@ -1,4 +1,4 @@
-"""What a softmax makes superfluous: constants that it loses, and those that its rows hand on unchanged.
+"""What a softmax makes superfluous: constants that it loses, and those that its rows, or sums, hand on unchanged.
 
 Where a constant goes is found in ``shifts``; here the draft is changed, and the account of what still equals what.
 """
@@ -6,18 +6,19 @@ Where a constant goes is found in ``shifts``; here the draft is changed, and the
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from reptool.affine.form import without_constant
+from reptool.affine.form import outline, without_constant
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.edits import call, replace_by
 from reptool.graph.moves import numbered
 from reptool.graph.rows import EXPANDS, axes_of, is_returned
-from reptool.graph.shifts import SUMS, Shift, ends_of
+from reptool.graph.shifts import SUMS, Shift, ends_of, with_shift
 from reptool.graph.slides import LAYERS, operator_of, output_axis
 from reptool.graph.values import EXACT, OPERATOR, arguments_of, shape_of
 
@@ -37,7 +38,7 @@ _REDUCTIONS: tuple[Any, ...] = (
 
 
 def drop_constants(draft: Draft) -> None:
-    """Drop every bias and every term that softmaxes lose, and move the biases of averaged values behind the average."""
+    """Drop every bias and every term that softmaxes lose, and move others behind averages and sums, into a layer."""
     for node in list(draft.graph.nodes):
         if node.target in SUMS and is_tensor(node):
             _drop_term(draft, node)
@@ -50,11 +51,13 @@ def _drop_bias(draft: Draft, node: fx.Node) -> None:
     """Leave a bias out where nobody would miss it, or where those who would can add it themselves.
 
     Law:      softmax(A (x + c)) == softmax(A x), if A c is constant along the axis of the softmax;
-              P (v + c) == P v + c, if the rows of P sum to one
-    When:     every way from the value leads to a softmax that loses the bias, or to a layer that takes it; of a scale that
-              goes into all who read it, every way from one of these
+              P (v + c) == P v + c, if the rows of P sum to one; W (x + c + y) == W (x + y) + W c
+    When:     every way from the value leads to a softmax that loses the bias, or behind an average to a layer that takes it; of
+              a scale over something not affine, behind a sum too; of one that goes into all who read it, every way from
+              one of these
     Refuses:  a value that anybody else reads, the output included; whatever ``shifts`` cannot follow; an infinite bias
-    Source:   Vaswani et al. 2017, section 3.2; Guo et al. 2021, External Attention, section 3.2
+    Source:   Vaswani et al. 2017, section 3.2; Guo et al. 2021, External Attention, section 3.2;
+              Woo et al. 2023, ConvNeXt V2, algorithm 1 (the shift of its response norm)
     """
     read = operator_of(draft.reader, node)
     constant = None if read is None else _constant(read[1])
@@ -62,16 +65,15 @@ def _drop_bias(draft: Draft, node: fx.Node) -> None:
         return  # without values: a layer that another rule has just made, and that keeps its bias
     axis = output_axis(read[1]) % len(shape_of(node))
     shift = Shift(node, frozenset({axis}), lambda: constant, lambda: numbered(node, axis))
-    ends = ends_of(draft.reader, shift)
+    ends = ends_of(draft.reader, shift) or _ends_of_free(draft.reader, shift, read)
     if ends is None and OPERATOR in node.meta:
         among = [user for user in readers(node) if ends_of(draft.reader, shift, [user]) is not None]
         ends = ends_of(draft.reader, shift, among) if among else None
         node = node if ends is None else _apart(draft, node, among)
     if not ends:
         return
-    for end in ends:
-        if end.taken is not None:
-            _hand_on(draft, end, end.taken)
+    for (layer, along), total in _totals(ends).items():
+        _hand_on(draft, layer, total, along)
     for end in ends:
         draft.forget((*end.changed[1:], *end.proof))
     draft.forget([node])
@@ -98,12 +100,32 @@ def _constant(layer: Operator) -> Tensor | None:
     return None
 
 
-def _hand_on(draft: Draft, end: End, shift: Tensor) -> None:
-    """Let the layer at the end read the value with the constant added, which it then folds in."""
-    added = draft.insert(Scale(torch.ones_like(shift), shift, end.axis), end.value, like=end.reader)
-    if end.value in draft.origin:
-        draft.origin[added] = draft.origin[end.value]
-    end.reader.replace_input_with(end.value, added)
+def _ends_of_free(reader: Reader, shift: Shift, read: tuple[fx.Node, Operator]) -> list[End] | None:
+    """Where the shift of a scale over something not affine ends, if layers behind sums take what no softmax loses."""
+    before = operator_of(reader, read[0])
+    if not isinstance(read[1], Scale) or (before is not None and not isinstance(before[1], Scale)):
+        return None
+    ends = ends_of(reader, replace(shift, free=True))
+    return ends if ends and any(end.value is not shift.node for end in ends) else None
+
+
+def _hand_on(draft: Draft, layer: fx.Node, shift: Tensor, axis: int) -> None:
+    """Let a layer add what it would make of a constant in front of it."""
+    read, later = operator_of(draft.reader, layer), draft.reader.later(layer)
+    assert read is not None  # noqa: S101  # it takes a constant
+    made = draft.insert(with_shift(outline(read[1]), shift.to("meta"), axis), read[0], like=layer)
+    made.meta[EXACT] = lambda: with_shift(later(), shift, axis)
+    draft.supersede(layer, made)
+
+
+def _totals(ends: list[End]) -> dict[tuple[fx.Node, int], Tensor]:
+    """What each layer takes, along an axis: a constant may come to it by several ways."""
+    totals: dict[tuple[fx.Node, int], Tensor] = {}
+    for end in ends:
+        if end.taken is not None:
+            place = (end.reader, end.axis)
+            totals[place] = totals[place] + end.taken if place in totals else end.taken
+    return totals
 
 
 def _without_constant(draft: Draft, node: fx.Node, read: tuple[fx.Node, Operator]) -> None:

@@ -1,7 +1,8 @@
 """Scales that are handed on to all who read them: the affine part of a norm goes into what follows.
 
-A layer norm is a norm without weights, and a scale. Where every reader of that scale is a convolution or a linear layer
-that can take it, each takes its own copy, and nothing is left of it; where one cannot, all stays as it was.
+A layer norm is a norm without weights, and a scale; an affine map of a sum is a scale too. Where every reader of that
+scale is a convolution or a linear layer that can take it, each takes its own copy, and nothing is left of it; where one
+cannot, all stays as it was.
 """
 
 from __future__ import annotations
@@ -57,17 +58,27 @@ def _spread(draft: Draft, node: fx.Node) -> None:
 
 
 def _affine_part(reader: Reader, node: fx.Node) -> Scale | None:
-    """The scale a node ends in: a norm's weight and bias, or the node itself if it is one over something not affine."""
+    """The scale a node ends in: a norm's weight and bias, or all the scales it is made of over something not affine."""
     if node.target not in NORMS:
-        found = operator_of(reader, node)
+        found = _scales_in(reader, node)
         inner = None if found is None else operator_of(reader, found[0])
         alone = inner is None or isinstance(inner[1], AvgPool)  # a convolution takes the scale itself
-        return found[1] if found is not None and isinstance(found[1], Scale) and alone else None
+        return found[1] if found is not None and alone else None
     given = arguments_of(node)
     weight, bias = reader.constant(given["weight"]), reader.constant(given.get("bias"))
     if weight is None or weight.dim() != 1 or (bias is None and given.get("bias") is not None):
         return None
     return Scale(weight, bias, NORMS[node.target])
+
+
+def _scales_in(reader: Reader, node: fx.Node) -> tuple[fx.Node, Scale] | None:
+    """What a node is one scale over, through scales that nobody else reads; None if it is no scale."""
+    found = operator_of(reader, node)
+    if found is None or not isinstance(found[1], Scale):
+        return None
+    deeper = _scales_in(reader, found[0]) if list(found[0].users) == [node] else None
+    both = None if deeper is None else compose(deeper[1], found[1])
+    return (deeper[0], both) if deeper is not None and isinstance(both, Scale) else (found[0], found[1])
 
 
 def _ways(node: fx.Node, scale: Scale, passed: tuple[fx.Node, ...]) -> list[_Way]:
@@ -99,7 +110,7 @@ def _takes(reader: Reader, way: _Way) -> bool:
 def _without_affine_part(draft: Draft, reader: Reader, node: fx.Node) -> fx.Node:
     """What a scale is over: a norm without its weights, or a node's own input."""
     if node.target not in NORMS:
-        found = operator_of(reader, node)
+        found = _scales_in(reader, node)
         assert found is not None  # noqa: S101  # it has an affine part
         return found[0]
     given = arguments_of(node)
@@ -133,10 +144,12 @@ class _Walk:
 
     def tidy(self) -> None:
         """Erase what nobody reads any more."""
+        below = self.node.all_input_nodes
         for old in reversed(list(self.copies)):
             if not old.users:
                 self.draft.origin.pop(old, None)
                 self.draft.graph.erase_node(old)
+        self.draft.prune(below)
 
     def _copy(self, carrier: fx.Node, last: fx.Node) -> fx.Node:
         with self.draft.graph.inserting_before(carrier):

@@ -11,7 +11,14 @@ from checkpoint.narrow import ACNET, REPVGG, state
 from reptool.checkpoint.architectures import recognise
 from reptool.errors import InputError, UnknownModelError
 
-LISTINGS = [name for form in ("train", "deploy") for name in golden_vectors.listing_names("", form)]
+BY_RECIPE = ("repvgg", "acnet-official-resnet18", "acnet-official-vgg16")
+"""Networks whose blocks are fused by recipes; the others' listings are those of the graph engine's networks."""
+LISTINGS = [
+    name
+    for form in ("train", "deploy")
+    for name in golden_vectors.listing_names("", form)
+    if name.startswith(BY_RECIPE)
+]
 ACNETS = {"resnet18": "acnet_resnet18", "vgg16-cifar": "acnet_vgg16"}
 
 
@@ -29,7 +36,7 @@ def expected(listing):
 
 
 def test_the_listings_are_there():
-    """Negative control: the tables below run over every published listing."""
+    """Negative control: the tables below run over every published listing of these networks."""
     assert len(LISTINGS) == 56
 
 

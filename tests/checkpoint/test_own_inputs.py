@@ -212,7 +212,7 @@ def test_misfit_is_short(code, tmp_path):
     read = read_checkpoint(write_checkpoint(tmp_path / "c.safetensors", weights))
     with pytest.raises(InputError) as caught:
         build_own(read, code("Pair"))
-    assert "18 missing: left.b.weight, left.an.weight, left.an.bias, ..." in caught.value.why
+    assert "15 missing: left.b.weight, left.an.weight, left.an.bias, ..." in caught.value.why
     assert "40 not known: extra.0, extra.1, " in caught.value.why
     assert "1 of another shape: left.a.weight (8, 2, 3, 3) instead of (8, 1, 3, 3)" in caught.value.why
     assert len(caught.value.why) < 300

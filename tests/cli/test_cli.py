@@ -178,9 +178,13 @@ def test_models_are_listed(reptool):
     from reptool.models import list_models
 
     listed = json.loads(reptool("models", "--json").out)
-    assert listed["schema_version"] == 1
-    assert [row["name"] for row in listed["models"]] == list_models()
-    assert "8,309,384" in reptool("models", "--family", "repvgg").out
+    assert listed["schema_version"] == 2
+    assert sorted(row["name"] for row in listed["models"]) == list_models()
+    blocks = json.loads(reptool("models", "--json", "--blocks").out)
+    assert sorted(row["name"] for row in blocks["models"]) == list_models(blocks=True)
+    table = reptool("models", "--family", "repvgg").out
+    assert "8,309,384" in table
+    assert table.index("repvgg_a2") < table.index("repvgg_b0") < table.index("repvgg_d2se")
     assert reptool("models", "--family", "repvg").code == 2
 
 

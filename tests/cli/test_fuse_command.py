@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+from pathlib import Path
 
+import golden_vectors
 import pytest
 import torch
 from checkpoint.narrow import state
 from safetensors import safe_open
+from torch import nn
 
 from reptool.checkpoint import convert as convert_module
 from reptool.checkpoint.write import write_checkpoint
@@ -235,3 +238,123 @@ def test_half_precision(reptool, tmp_path):
         assert file.get_tensor("stage0.rbr_reparam.weight").dtype == torch.float16
     result = reptool("verify", "c.safetensors", FUSED)
     assert result.code == 0, result.out + result.err
+
+
+@pytest.fixture
+def unknown(tmp_path):
+    """A checkpoint of a network that is not known, with two blocks of different families in it."""
+    tensors = {"anchors": torch.ones(3)}
+    for prefix, name in (("backbone.0", "mobileone-dw-m4"), ("neck.1", "yolov7-repconv")):
+        tensors |= {f"{prefix}.{k}": t for k, t in golden_vectors.load(name).train.items()}
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "d.pt")
+    return tensors
+
+
+def test_blocks_of_an_unknown_network_are_fused(reptool, unknown):
+    """The blocks are fused and proved; what is not known, and which eps was taken, is said, in the file too."""
+    result = reptool("fuse", "d.pt")
+    assert (result.code, result.new) == (0, ("d.fused.safetensors",)), result.err
+    for text in ("not known; only its blocks", "2 of 2 regions proved", "end to end: not possible"):
+        assert text in result.out
+    assert "0.001 for repvgg (yolov7)" in result.err
+    with safe_open("d.fused.safetensors", "pt") as file:
+        assert set(file.keys()) == {
+            "anchors",
+            *(f"backbone.0.reparam_conv.{p}" for p in ("weight", "bias")),
+            *(f"neck.1.rbr_reparam.{p}" for p in ("weight", "bias")),
+        }
+        text = file.metadata()
+    assert (text["reptool.architecture"], text["reptool.form"]) == ("unknown", "blocks")
+    assert json.loads(text["reptool.verdict"])["end_to_end"] == []
+    assert json.loads(text["reptool.blocks"]) == {"mobileone (official)": 1, "repvgg (yolov7)": 1}
+    explained(reptool("fuse", "d.fused.safetensors"), 4, "d.fused.safetensors is already fused")
+    assert "blocks" in reptool("inspect", "d.fused.safetensors").out
+
+
+def test_a_file_that_somebody_else_fused(reptool, tmp_path):
+    """Blocks in deploy form are known without our metadata."""
+    write_checkpoint(tmp_path / "d.safetensors", {f"b.{k}": t for k, t in golden_vectors.load("dbb-k3").deploy.items()})
+    explained(reptool("fuse", "d.safetensors"), 4, "already fused: 1 blocks in deploy form")
+
+
+def test_inspect_counts_the_blocks(reptool, unknown):
+    """Of a network that is not known, the blocks are counted, and fusing them is the next command."""
+    out = reptool("inspect", "d.pt").out
+    assert "mobileone (official) 1, repvgg (yolov7) 1" in out
+    assert "reptool fuse d.pt" in out
+
+
+def test_unknown_network_in_json_and_verbose(reptool, unknown):
+    """--json is all of stdout, and says that no network is known; -v lists the blocks."""
+    value = json.loads(reptool("fuse", "d.pt", "--json").out)
+    assert value["network"] is None
+    assert [row["family"] for row in value["blocks"]]
+    assert "rbr_conv.3.conv" in reptool("fuse", "d.pt", "-v", "--overwrite").out
+
+
+def test_strict_wants_more_than_blocks(reptool, unknown):
+    """Blocks alone are not everything that could be shown: exit 5, nothing written."""
+    explained(reptool("fuse", "d.pt", "--strict", "--report", "r.json"), 5, "proved block by block, 2 of them")
+
+
+def test_report_has_a_row_a_block(reptool, unknown, here):
+    """--report writes one row a block, worst first, for networks known and unknown."""
+    assert reptool("fuse", "d.pt", "--report", "d.json").new == ("d.fused.safetensors", "d.json")
+    here("c.safetensors")
+    assert reptool("fuse", "c.safetensors", "--report", "c.json").code == 0
+    for name, network, count in (("d.json", None, 2), ("c.json", "repvgg", 5)):
+        value = json.loads(Path(name).read_text())
+        assert (value["network"], len(value["blocks"])) == (network, count)
+        found = [row["error"] for row in value["blocks"]]
+        assert found == sorted(found, reverse=True)
+        fields = {"family", "implementation", "prefix", "fused", "shapes", "merged", "eps", "error", "spread", "saved"}
+        assert all(row.keys() == fields for row in value["blocks"])
+
+
+def test_report_of_a_network_of_ones_own(reptool, tmp_path):
+    """What the graph engine fuses has a row a region."""
+    (tmp_path / "reported_net.py").write_text(
+        "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n"
+    )
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    write_checkpoint(tmp_path / "o.safetensors", network.state_dict())
+    result = reptool("fuse", "o.safetensors", "-m", "reported_net:net", "--img-size", "8", "--report", "o.json")
+    assert result.code == 0, result.err
+    (row,) = json.loads((tmp_path / "o.json").read_text())["blocks"]
+    assert sum(row["before"].values()) == 2
+    assert sum(row["after"].values()) == 1
+    assert row["error"] <= 1e-12
+
+
+def test_report_keeps_the_rules_of_outputs(reptool, unknown, tmp_path):
+    """A report replaces no file without --overwrite, and never the input; nothing is fused before that is known."""
+    (tmp_path / "r.json").write_text("mine")
+    explained(reptool("fuse", "d.pt", "--report", "r.json"), 2, "exists already")
+    explained(reptool("fuse", "d.pt", "--report", "d.pt", "--overwrite"), 2, "the output is the input")
+    assert (tmp_path / "r.json").read_text() == "mine"
+    explained(reptool("fuse", "d.pt", "-o", "x.pt", "--report", "./x.pt"), 2, "cannot be the output and the report")
+
+
+def test_blocks_only_asks_for_no_network(reptool, here):
+    """Blocks of a network that lacks its classifier are fused when they are asked for alone."""
+    tensors = {k: t for k, t in state().items() if not k.startswith("linear.")}
+    write_checkpoint("headless.safetensors", tensors)
+    explained(reptool("fuse", "headless.safetensors"), 2, "incomplete", "--blocks-only")
+    result = reptool("fuse", "headless.safetensors", "--blocks-only")
+    assert (result.code, result.new) == (0, ("headless.fused.safetensors",)), result.err
+    assert "5 of 5 regions proved" in result.out
+    here("c.safetensors")
+    assert reptool("fuse", "c.safetensors", "--blocks-only").code == 0
+    explained(reptool("fuse", "c.safetensors", "--blocks-only", "-m", "repvgg", "--overwrite"), 2, "-m names repvgg")
+
+
+def test_readings_are_shown_and_chosen(reptool, tmp_path):
+    """A block that can be read in several ways stops the command; --assume says which."""
+    norms = {
+        f"{n}.{p}": torch.rand(8) for n in ("rbr_dense.bn", "bn") for p in ("weight", "running_mean", "running_var")
+    }
+    kernels = {"rbr_dense.conv.weight": torch.randn(8, 8, 3, 3), "rbr_1x1.weight": torch.randn(8, 8, 1, 1)}
+    write_checkpoint(tmp_path / "q.safetensors", {f"b.{k}": t for k, t in (kernels | norms).items()})
+    explained(reptool("fuse", "q.safetensors"), 2, "can be read in 3 ways: v1, v2, plain", "--assume qarepvgg=v2")
+    explained(reptool("fuse", "q.safetensors", "--assume", "qarepvgg=v9"), 2, "nothing is open about qarepvgg=v9")
+    assert reptool("fuse", "q.safetensors", "--assume", "qarepvgg=v2").code == 0

@@ -190,7 +190,7 @@ def altered(function, change):
 
 
 FAULTS = {
-    "factor": (factors, "_factor", lambda found: found and (found[0], found[1] * 1.01), Attention),
+    "factor": (factors, "factor_of", lambda found: found and (found[0], found[1] * 1.01), Attention),
     "every channel": (factors, "_own", lambda own: (torch.ones_like(own[0]), own[1]), lambda: Packed(3)),
     "query layer": (
         heads,

@@ -198,6 +198,28 @@ def test_border_that_is_refused_by_its_value_says_so():
     assert any("another value than what the convolution makes" in why for _, why in fused.fusion.kept_apart)
 
 
+# what a model computes with a number that depends on sizes
+SIZED = {
+    "difference": lambda s, x: torch.softmax(s.conv(x), -1) - 1.0 / x.shape[3],
+    "sum": lambda s, x: s.conv(x) + x.shape[3],
+    "difference from a number": lambda s, x: 1.0 / x.shape[3] - s.conv(x),
+    "product": lambda s, x: s.conv(x) * x.shape[3],
+    "quotient": lambda s, x: s.conv(x) / x.shape[3],
+    "root": lambda s, x: s.conv(x) * x.shape[3] ** -0.5,
+    "factor of a term": lambda s, x: torch.add(s.conv(x), x, alpha=x.shape[3]) - torch.sub(x, x, alpha=x.shape[2]),
+    "weight": lambda s, x: s.conv(x) * (s.conv.weight[:, :1, 0] / x.shape[3]),
+    "logits": lambda s, x: ((x.flatten(2).mT @ s.conv(x).flatten(2)) * (1.0 / x.shape[3])).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_number_that_depends_on_sizes_is_left_alone(name):
+    """Arithmetic with a size is no operator; it stays, and follows other sizes."""
+    model = randomised(Lambda(SIZED[name], conv=nn.Conv2d(4, 4, 1)))
+    fused = fused_equal(model, noise(*IMAGE))
+    assert error(model, fused, noise(3, 4, 5, 6)) <= TOLERANCE
+
+
 def test_untouched_layers_keep_their_bits():
     """A transposed convolution and a product that nothing merges with hold the model's own weights."""
     torch.manual_seed(0)

@@ -44,10 +44,20 @@ CASES = [
         opsets=BLOCK_OPSETS,
     ),
     Case(
-        "epsanet50_small", _SMALL, ((3, 33, 47),), {"BatchNorm": 4, "Conv": 37, "Linear": 1, "Softmax": 4}, ((3, 64, 40),), dynamic="hw"
+        "epsanet50_small",
+        _SMALL,
+        ((3, 33, 47),),
+        {"BatchNorm": 4, "Conv": 37, "Linear": 1, "Softmax": 4},
+        ((3, 64, 40),),
+        dynamic="hw",
     ),
     Case(
-        "epsanet50_large", _SMALL, ((3, 33, 47),), {"BatchNorm": 4, "Conv": 37, "Linear": 1, "Softmax": 4}, ((3, 64, 40),), dynamic="hw"
+        "epsanet50_large",
+        _SMALL,
+        ((3, 33, 47),),
+        {"BatchNorm": 4, "Conv": 37, "Linear": 1, "Softmax": 4},
+        ((3, 64, 40),),
+        dynamic="hw",
     ),
 ]
 

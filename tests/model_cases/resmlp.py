@@ -14,7 +14,7 @@ CASES = [
         "resmlp_s12",
         {"depth": 2, "channels": 8, "patch_size": 8, "image_size": [16, 24], "num_classes": 5},
         ((3, 16, 24),),
-        {"ChannelScale": 5, "Conv": 1, "Linear": 7},
+        {"ChannelScale": 4, "Conv": 1, "Linear": 7},
     ),
 ]
 

@@ -31,7 +31,7 @@ CASES = [
         "unireplknet_block",
         {"dim": 8, "kernel_size": 7},
         ((8, 11, 14),),
-        {"ChannelScale": 1, "Conv": 3, "Linear": 2},
+        {"Conv": 3, "Linear": 2},
         ((8, 12, 9),),
         _IDLE,
         dynamic="hw",
@@ -54,6 +54,15 @@ CASES = [
         ((3, 96, 72),),
         _IDLE,
         dynamic="hw",
+    ),
+    Case(
+        "unireplknet_a",
+        {**_SMALL, "layer_scale_init_value": 1e-6},
+        ((3, 65, 79),),
+        {"Conv": 20, "LayerNorm": 6, "Linear": 11},
+        ((3, 96, 72),),
+        _IDLE,
+        label="layer scales",
     ),
 ]
 

@@ -81,7 +81,9 @@ def test_card_is_complete(name):
     assert claims.upstream.count("@") <= 1  # code that is no longer at a known commit has none
     assert len(claims.input) == 3
     assert claims.deploy_parameters is None or claims.deploy_parameters > 0
-    assert claims.deploy_macs is None or claims.deploy_macs <= claims.macs  # a fused matrix may hold more, and costs less
+    assert (
+        claims.deploy_macs is None or claims.deploy_macs <= claims.macs
+    )  # a fused matrix may hold more, and costs less
     assert all(count > 0 for count in claims.deploy.values())
     assert all(sentence.endswith(".") for sentence in claims.differences)
     assert (claims.top1 is None) == (claims.top1_source is None)
