@@ -13,7 +13,7 @@ demo: .venv/ready  ## train two small networks, then fuse, export, verify and ru
 	$(BIN)/python examples/demo.py
 
 test: .venv/peers  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 slow: .venv/peers  ## run the tests of full-size networks
 	$(BIN)/python -m pytest -m slow

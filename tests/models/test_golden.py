@@ -14,8 +14,8 @@ from reptool.models import create_model
 
 EXACT = 1e-11
 VECTORS, LISTINGS = model_cases.vectors(), model_cases.listings()
-EARLIER = ("repvgg-", "repvggplus-", "acnet-", "timm-repvgg-")
-"""Families whose vectors test_rep_models.py and test_timm.py hold."""
+EARLIER = ("repvgg-", "repvggplus-", "acnet-", "timm-repvgg-", "mmpretrain-repvgg-", "yolov7-")
+"""Families whose vectors test_rep_models.py, test_timm.py and the checkpoint families' tests hold."""
 
 
 def loaded(vector, golden) -> nn.Module:
