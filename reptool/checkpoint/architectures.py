@@ -16,7 +16,7 @@ import torch
 from reptool.checkpoint.recipes import RECIPES, blocks, merged_blocks, replaced_keys
 from reptool.checkpoint.timm_names import is_timm, official_name, timm_name
 from reptool.errors import InputError, UnknownModelError
-from reptool.models import create_model, list_models
+from reptool.models import create_model, list_models, natural_order
 from reptool.models.rep.repvgg import VARIANTS
 
 if TYPE_CHECKING:
@@ -118,14 +118,7 @@ def _convs(shapes: Shapes, pattern: str) -> dict[tuple[str, str | None], tuple[i
     """The kernels whose keys match, by the pattern's two groups, in the network's order: a file may have another."""
     found = ((re.fullmatch(pattern, k), s) for k, s in shapes.items())
     layers = {(m[1], m[2]): s for m, s in found if m}
-    return dict(sorted(layers.items(), key=lambda item: _counted(*item[0])))
-
-
-def _counted(stage: str, index: str | None) -> list[tuple[int, str]]:
-    """A sort key in which layer 10 comes after layer 9."""
-    return [
-        (int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", f"{stage}.{index or 0}")
-    ]
+    return dict(sorted(layers.items(), key=lambda item: natural_order(f"{item[0][0]}.{item[0][1] or 0}")))
 
 
 @dataclass(frozen=True)

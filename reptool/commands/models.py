@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,9 +24,9 @@ def models(family: str | None, blocks: bool, as_json: bool) -> None:
       reptool models --family repvgg
       reptool models --blocks
     """  # noqa: D301  # click reads the backslashes
-    from reptool.models import card, family_of, list_models  # noqa: PLC0415
+    from reptool.models import card, family_of, list_models, natural_order  # noqa: PLC0415
 
-    names = sorted(list_models(family, blocks=blocks), key=lambda name: (family_of(name), _counted(name)))
+    names = sorted(list_models(family, blocks=blocks), key=lambda name: (family_of(name), natural_order(name)))
     cards = {name: card(name) for name in names}
     if as_json:
         rows = [_claims(name, family_of(name), claims) for name, claims in cards.items()]
@@ -35,11 +34,6 @@ def models(family: str | None, blocks: bool, as_json: bool) -> None:
         return
     heads = ("name", "paper", "year", "parameters", "fused", "MMAC", "fused", "input", "top-1 as published")
     console.table(heads, [_row(name, claims) for name, claims in cards.items()])
-
-
-def _counted(name: str) -> list[tuple[int, str]]:
-    """A sort key in which 101 comes after 50."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", name)]
 
 
 def _claims(name: str, family: str, claims: ModelCard) -> dict[str, Any]:

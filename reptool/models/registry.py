@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -116,6 +117,11 @@ def create_model(name: str, **arguments: object) -> nn.Module:
             do=f"choose among {', '.join(signature.parameters)}",
         ) from None
     return build(**arguments)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key for names in which 101 comes after 50."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", name)]
 
 
 def arguments_of(name: str) -> dict[str, object]:

@@ -4,8 +4,8 @@ Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun. Deep Residual Learning for Im
 arXiv:1512.03385. The names in the state dict are torchvision's; a bottleneck strides in its 3 x 3 convolution, as
 torchvision's does, which costs 6 % more multiply-accumulates than the paper's and is what the papers' code trains.
 
-A paper adds its block by deriving from ``BasicBlock`` or ``Bottleneck`` and writing ``forward`` anew: ``branch`` is
-everything before the addition, ``downsample`` the shortcut.
+A paper adds its block by deriving from ``BasicBlock`` or ``Bottleneck``: ``branch`` is everything before the addition,
+``gated`` what a gate makes of it, ``downsample`` the shortcut.
 """
 
 from __future__ import annotations
@@ -52,9 +52,13 @@ class BasicBlock(nn.Module):
         y: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return y
 
+    def gated(self, y: Tensor) -> Tensor:
+        """What is added of a branch: all of it, unless a paper's block gates it."""
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch and the shortcut."""
-        y: Tensor = self.relu(self.branch(x) + self.downsample(x))
+        y: Tensor = self.relu(self.gated(self.branch(x)) + self.downsample(x))
         return y
 
 
@@ -98,9 +102,13 @@ class Bottleneck(nn.Module):
         z: Tensor = self.bn3(self.conv3(y))  # (n, 4 width, h / stride, w / stride)
         return z
 
+    def gated(self, y: Tensor) -> Tensor:
+        """What is added of a branch: all of it, unless a paper's block gates it."""
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch and the shortcut."""
-        y: Tensor = self.relu(self.branch(x) + self.downsample(x))
+        y: Tensor = self.relu(self.gated(self.branch(x)) + self.downsample(x))
         return y
 
 

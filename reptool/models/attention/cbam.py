@@ -158,10 +158,10 @@ class CBAMBasicBlock(BasicBlock):
         super().__init__(in_channels, width, stride, dilation)
         self.cbam = CBAMBlock(width, reduction, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate the branch, add the shortcut."""
-        y: Tensor = self.relu(self.cbam(self.branch(x)) + self.downsample(x))
-        return y
+    def gated(self, y: Tensor) -> Tensor:
+        """Gate the branch."""
+        gated: Tensor = self.cbam(y)
+        return gated
 
 
 class CBAMBottleneck(Bottleneck):
@@ -180,10 +180,10 @@ class CBAMBottleneck(Bottleneck):
         super().__init__(in_channels, width, stride, dilation)
         self.cbam = CBAMBlock(self.expansion * width, reduction, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate the branch, add the shortcut."""
-        y: Tensor = self.relu(self.cbam(self.branch(x)) + self.downsample(x))
-        return y
+    def gated(self, y: Tensor) -> Tensor:
+        """Gate the branch."""
+        gated: Tensor = self.cbam(y)
+        return gated
 
 
 def _initialise_gates(network: nn.Module) -> None:

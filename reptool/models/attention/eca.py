@@ -105,10 +105,10 @@ class ECABasicBlock(BasicBlock):
         super().__init__(in_channels, width, stride, dilation)
         self.eca = ECAAttention(kernel_size, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate the branch, add the shortcut."""
-        y: Tensor = self.relu(self.eca(self.branch(x)) + self.downsample(x))
-        return y
+    def gated(self, y: Tensor) -> Tensor:
+        """Gate the branch."""
+        gated: Tensor = self.eca(y)
+        return gated
 
 
 class ECABottleneck(Bottleneck):
@@ -134,10 +134,10 @@ class ECABottleneck(Bottleneck):
             pool = nn.Identity() if stride == 1 else nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
             self.downsample = nn.Sequential(pool, nn.Conv2d(in_channels, out, 1, bias=False), nn.BatchNorm2d(out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate the branch, add the shortcut."""
-        y: Tensor = self.relu(self.eca(self.branch(x)) + self.downsample(x))
-        return y
+    def gated(self, y: Tensor) -> Tensor:
+        """Gate the branch."""
+        gated: Tensor = self.eca(y)
+        return gated
 
 
 def tiered_stem(widths: Sequence[int]) -> nn.Sequential:

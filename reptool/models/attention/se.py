@@ -70,10 +70,10 @@ class SEBasicBlock(BasicBlock):
         super().__init__(in_channels, width, stride, dilation)
         self.se = SEAttention(width, reduction, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate the branch, add the shortcut."""
-        y: Tensor = self.relu(self.se(self.branch(x)) + self.downsample(x))
-        return y
+    def gated(self, y: Tensor) -> Tensor:
+        """Gate the branch."""
+        gated: Tensor = self.se(y)
+        return gated
 
 
 class SEBottleneck(Bottleneck):
@@ -93,10 +93,10 @@ class SEBottleneck(Bottleneck):
         super().__init__(in_channels, width, stride, dilation, stride_first=stride_first)
         self.se = SEAttention(self.expansion * width, reduction, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate the branch, add the shortcut."""
-        y: Tensor = self.relu(self.se(self.branch(x)) + self.downsample(x))
-        return y
+    def gated(self, y: Tensor) -> Tensor:
+        """Gate the branch."""
+        gated: Tensor = self.se(y)
+        return gated
 
 
 def _card(**claims: object) -> ModelCard:
