@@ -112,20 +112,19 @@ class Bottleneck(nn.Module):
         return y
 
 
-def deep_stem(width: int) -> nn.Sequential:
+def deep_stem(first: int, second: int, width: int) -> nn.Sequential:
     """Three 3 x 3 convolutions in place of the 7 x 7 one; the last one's norm is the network's ``bn1``.
 
     Source:  the stem of the dilated segmentation backbones, and of He et al. 2019, arXiv:1812.01187, "ResNet-C"
     """
-    half = width // 2
     return nn.Sequential(
-        nn.Conv2d(3, half, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(half),
+        nn.Conv2d(3, first, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(first),
         nn.ReLU(),
-        nn.Conv2d(half, half, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(half),
+        nn.Conv2d(first, second, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(second),
         nn.ReLU(),
-        nn.Conv2d(half, width, 3, 1, 1, bias=False),
+        nn.Conv2d(second, width, 3, 1, 1, bias=False),
     )
 
 

@@ -28,7 +28,9 @@ class Features(ResNet):
     """
 
     def __init__(self, depths: Sequence[int], widths: Sequence[int], *, deep: bool) -> None:
-        stem, stem_width = (deep_stem(2 * widths[0]), 2 * widths[0]) if deep else (None, widths[0])
+        stem, stem_width = (
+            (deep_stem(widths[0], widths[0], 2 * widths[0]), 2 * widths[0]) if deep else (None, widths[0])
+        )
         super().__init__(Bottleneck, depths, widths, stem=stem, stem_width=stem_width, output_stride=8)
         del self.avgpool, self.fc
 

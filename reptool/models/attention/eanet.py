@@ -65,7 +65,7 @@ def dilated_resnet(
     last = [bottleneck(outputs[2], widths[3], 1, dilation)]
     last += [bottleneck(outputs[3], widths[3], 1, 2 * dilation * times) for times in grid[1 : depths[3]]]
     return nn.Sequential(
-        deep_stem(stem_width),
+        deep_stem(stem_width // 2, stem_width // 2, stem_width),
         nn.BatchNorm2d(stem_width),
         nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),

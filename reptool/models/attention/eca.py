@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reptool.errors import InputError
 from reptool.models.registry import ModelCard, register
-from reptool.models.resnet import DEPTHS, BasicBlock, Bottleneck, ResNet
+from reptool.models.resnet import DEPTHS, BasicBlock, Bottleneck, ResNet, deep_stem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -138,20 +138,6 @@ class ECABottleneck(Bottleneck):
         """Gate the branch."""
         gated: Tensor = self.eca(y)
         return gated
-
-
-def tiered_stem(widths: Sequence[int]) -> nn.Sequential:
-    """Three 3 x 3 convolutions of rising width in place of the 7 x 7 one; the last one's norm is the network's ``bn1``."""
-    first, second, third = widths
-    return nn.Sequential(
-        nn.Conv2d(3, first, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(first),
-        nn.ReLU(),
-        nn.Conv2d(first, second, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(second),
-        nn.ReLU(),
-        nn.Conv2d(second, third, 3, 1, 1, bias=False),
-    )
 
 
 def _card(**claims: object) -> ModelCard:
@@ -307,6 +293,6 @@ def eca_resnet50t(
         depths,
         widths,
         num_classes=num_classes,
-        stem=tiered_stem(stem_widths),
+        stem=deep_stem(*stem_widths),
         stem_width=stem_widths[-1],
     )
