@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +22,14 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _FIXED = frozenset(
-    (
-        *("linear", "matmul", "mm", "bmm", "addmm", "einsum", "layer_norm"),
-        *("slice", "view", "reshape", "expand", "flatten", "permute", "transpose"),
-    )
+    ("matmul", "mm", "bmm", "addmm", "einsum", "slice", "view", "reshape", "expand", "flatten", "permute", "transpose")
 )
-"""Operators that name a size or read the last axis: with one of them a region keeps the sizes that are fixed."""
+"""Operators that name sizes: with one of them a region keeps all those that are fixed."""
+_LAST = frozenset(("linear", "layer_norm"))
+"""Operators that read the last axis, so that it keeps its size."""
+
+_FEWEST, _MOST = 1 << 17, 1 << 20
+"""Between these, so many random numbers are drawn once: 8 MB at most."""
 
 
 class Sizes:
@@ -68,15 +72,25 @@ def _small(region: Between, shapes: list[Shape], module: nn.Module) -> list[tupl
     if any(isinstance(a.meta.get("val"), torch.SymInt) for n in nodes for a in n.all_input_nodes):
         return None
     side = sum(_extent(n, module) for n in region.after) or 3
-    free = len(shapes) == 1 and not any(_name(n) in _FIXED for n in nodes)
+    named = {_name(n) for n in nodes}
+    channel = -1 if named & _LAST or _is_linear(region, module) else 1
+    free = len(shapes) == 1 and not named & _FIXED
     chosen: dict[Any, int] = {}
 
     def size(axis: int, given: Any, rank: int) -> int:
         if hasattr(given, "node"):
             return chosen.setdefault(given.node.expr, (side if axis > 1 and rank > 2 else 2) + len(chosen))
-        return side + axis if free and axis > 1 else 2 if free and axis == 0 else int(given)
+        if not free or axis == channel % rank:
+            return int(given)
+        return side + max(axis - 2, 0) if axis > 1 or channel < 0 < axis else 2 if axis == 0 else int(given)
 
     return [tuple(size(axis, s, len(shape)) for axis, s in enumerate(shape)) for shape in shapes]
+
+
+def _is_linear(region: Between, module: nn.Module) -> bool:
+    """Whether a layer of the region is a matrix on the last axis."""
+    calls = (n for n in region.after if n.op == "call_module")
+    return any(isinstance(module.get_submodule(str(n.target)), nn.Linear) for n in calls)
 
 
 def _name(node: fx.Node) -> str:
@@ -90,7 +104,7 @@ def _extent(node: fx.Node, module: nn.Module) -> int:
     layer = module.get_submodule(str(node.target))
     if isinstance(layer, _CONVS):
         geometry: list[Any] = [layer.kernel_size, layer.dilation, layer.stride]
-        return max(int(2 * (d * (k - 1) + 1) + s) for k, d, s in zip(*geometry, strict=True))
+        return max(int(d * (k - 1) + 1 + s) for k, d, s in zip(*geometry, strict=True))
     if isinstance(layer, _TRANSPOSED):
         cut: list[Any] = [layer.padding, layer.stride]
         return max(int(3 + 2 * (p // s + 1)) for p, s in zip(*cut, strict=True))
@@ -100,14 +114,31 @@ def _extent(node: fx.Node, module: nn.Module) -> int:
     return 3
 
 
-def draw(region: Between, shapes: list[tuple[int, ...]], seed: int) -> tuple[Tensor, ...]:
-    """Random entries: normal where they are floating, zeros and ones elsewhere."""
-    generator = torch.Generator().manual_seed(seed)
+def draw(region: Between, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Random entries: normal where they are floating, zeros and ones elsewhere; two entries of a region share none."""
+    generator = torch.Generator().manual_seed(0)
+    noise, start = _noise(sum(map(prod, shapes))), 0
     drawn = []
     for (before, _), shape in zip(region.entries, shapes, strict=True):
         dtype = before.meta["val"].dtype
         if dtype.is_floating_point:
-            drawn.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+            drawn.append(noise[start : start + prod(shape)].view(shape))
+            start += prod(shape)
         else:
             drawn.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
     return tuple(drawn)
+
+
+def _noise(count: int) -> Tensor:
+    """At least so many normal numbers in float64, the same ones each time."""
+    return _remembered(1 << max(count, _FEWEST).bit_length()) if count < _MOST else _drawn(count)
+
+
+def _drawn(count: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@lru_cache(maxsize=4)
+def _remembered(count: int) -> Tensor:
+    """To draw a region's entries costs more than to use them."""
+    return _drawn(count)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from reptool.graph.emit import Emitted
     from reptool.graph.probes import Sizes
 
+    Read = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Between:
@@ -152,59 +154,83 @@ def _is_size(node: fx.Node) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """Runs both sides of a region in float64."""
+    """Runs both sides of a region, in float64 if nothing else is asked for; ``read`` takes a weight from where it is."""
 
     weights: Weights
     module: nn.Module
 
-    def before(self, region: Between, sizes: Sizes) -> Callable[..., Any]:
+    def held(self, region: Between) -> list[tuple[Tensor, Tensor]] | None:
+        """What one captured operator reads, beside what the one layer of the region holds; None if it is not one layer."""
+        if len(region.before) != 1 or len(region.after) != 1 or not region.layers:
+            return None
+        read = [t for n in region.before[0].all_input_nodes if (t := self.weights.tensor(n)) is not None]
+        own = list(self.module.get_submodule(region.layers[0]).parameters())
+        return list(zip(read, own, strict=True)) if len(read) == len(own) else None
+
+    def before(self, region: Between, sizes: Sizes, read: Read | None = None) -> Callable[..., Any]:
         """The captured side as a function of the entries."""
 
         def run(*given: Tensor) -> Any:
             env: dict[fx.Node, Any] = dict(zip((o for o, _ in region.entries), given, strict=True))
             for node in region.before:
-                env[node] = self._call(node, env, sizes)
+                env[node] = self._call(node, env, sizes, read or double)
             return env[region.target[0]]
 
         return run
 
-    def after(self, region: Between, sizes: Sizes, exact: Mapping[str, Mapping[str, Tensor]]) -> Callable[..., Any]:
+    def after(
+        self,
+        region: Between,
+        sizes: Sizes,
+        exact: Mapping[str, Mapping[str, Tensor]],
+        read: Read | None = None,
+    ) -> Callable[..., Any]:
         """The fused side as a function of the entries; new layers compute with ``exact`` weights, by layer path."""
 
         def run(*given: Tensor) -> Any:
             env: dict[fx.Node, Any] = dict(zip((w for _, w in region.entries), given, strict=True))
             for node in region.after:
-                env[node] = self._layer(node, env, exact) if node.op == "call_module" else self._call(node, env, sizes)
+                if node.op == "call_module":
+                    env[node] = self._layer(node, env, exact, read or double)
+                else:
+                    env[node] = self._call(node, env, sizes, read or double)
             return env[region.target[1]]
 
         return run
 
-    def _layer(self, node: fx.Node, env: dict[fx.Node, Any], exact: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    def _layer(
+        self, node: fx.Node, env: dict[fx.Node, Any], exact: Mapping[str, Mapping[str, Tensor]], read: Read
+    ) -> Any:
         path = str(node.target)
-        layer = self.module.get_submodule(path)
-        own = {name: double(tensor) for name, tensor in layer.named_parameters()}
-        return functional_call(layer, {**own, **exact.get(path, {})}, (env[node.args[0]],))  # type: ignore[index]
+        layer, new = self.module.get_submodule(path), exact.get(path, {})
+        own = {name: new[name] if name in new else read(tensor) for name, tensor in layer.named_parameters()}
+        return functional_call(layer, own, (env[node.args[0]],))  # type: ignore[index]
 
-    def _call(self, node: fx.Node, env: dict[fx.Node, Any], sizes: Sizes) -> Any:
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], sizes: Sizes, read: Read) -> Any:
         def value(argument: fx.Node) -> Any:
             if argument not in env:
-                env[argument] = self._outside(argument, sizes)
+                env[argument] = self._outside(argument, sizes, read)
             return env[argument]
 
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
         return node.target(*args, **kwargs)  # type: ignore[operator]  # only functions get here
 
-    def _outside(self, node: fx.Node, sizes: Sizes) -> Any:
+    def _outside(self, node: fx.Node, sizes: Sizes, read: Read) -> Any:
         """A size, a weight of the captured graph, or one that the fused graph kept."""
         if _is_size(node):
             return sizes(node.meta["val"])
         if node.op == "get_attr":
             holder, _, leaf = str(node.target).rpartition(".")
-            return double(getattr(self.module.get_submodule(holder), leaf))
+            return read(getattr(self.module.get_submodule(holder), leaf))
         tensor = self.weights.tensor(node)
         if tensor is None:
             raise AssertionError(f"{node} is read by a region and lies outside it; please report this")
-        return double(tensor)
+        return read(tensor)
+
+
+def as_stored(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, in its own dtype."""
+    return tensor.detach().cpu()
 
 
 def double(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -182,6 +183,32 @@ def test_changed_classifier_is_named(pair):
     with torch.no_grad():
         mutant.get_submodule(name).weight[0, 0] *= 1 + 2e-7
     assert verify_fused(model, mutant, (X,)).structure == (f"{name}.weight was changed",)
+
+
+def shifted_window(layer):
+    """The border lies on other sides."""
+    layer.padding_mode = "circular"
+    layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def last_bit(layer):
+    """One weight is its neighbour in float32."""
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] = torch.nextafter(layer.weight[0, 0, 0, 0], torch.tensor(torch.inf))
+
+
+@pytest.mark.parametrize("fault", [shifted_window, last_bit])
+def test_fault_in_a_layer_that_stayed_is_caught_and_named(fault):
+    """What was not fused is held to its bits and to what it computes, too."""
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    model = randomised(nn.Sequential(*stem, nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.ReLU())).float()
+    mutant = copy.deepcopy(fuse(model, (X,)))
+    assert verify_fused(model, mutant, (X,)).passed
+    fault(mutant.get_submodule("3"))
+    verdict = verify_fused(model, mutant, (X,))
+    assert not verdict.passed
+    assert all(re.search(r"^3\.|region 3:", problem) for problem in verdict.problems), verdict.problems
 
 
 @pytest.mark.parametrize("network", NETWORKS)
