@@ -11,6 +11,7 @@ from reptool.graph.factors import hand_factors_back
 from reptool.graph.flattening import flatten_scales
 from reptool.graph.gains import hand_gains_back
 from reptool.graph.heads import merge_heads
+from reptool.graph.memories import merge_memories
 from reptool.graph.pairs import choose_by_sigmoid
 from reptool.graph.permutations import absorb_permutations
 from reptool.graph.scalars import place_numbers
@@ -46,5 +47,6 @@ def revise(draft: Draft, cost: Cost) -> None:
     spread(draft)
     drop_constants(draft)
     merge_heads(draft, cost)
+    merge_memories(draft, cost)
     centre_maps(draft)
     tidy(draft)

@@ -1,0 +1,116 @@
+"""A layer that all heads share, as external attention's memories are, merged with the projection beside it.
+
+Between them nothing happens but that channels are taken for heads. As one matrix the two are less work where the shared
+layer makes the heads no wider than they were; the cost rule decides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from reptool.affine.operators import Conv
+from reptool.graph.edits import call
+from reptool.graph.projections import gathered, projection, resized, work
+from reptool.graph.slides import operator_of
+from reptool.graph.values import EXACT, shape_of, sizes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, fx
+
+    from reptool.graph.cost import Cost
+    from reptool.graph.draft import Draft
+    from reptool.graph.projections import Layer, Projection
+
+aten = torch.ops.aten
+
+
+def merge_memories(draft: Draft, cost: Cost) -> None:
+    """Merge every layer over heads with the projection in front of it, or else with the one behind it."""
+    for node in list(draft.graph.nodes):
+        read = operator_of(draft.reader, node) if node.op == "call_function" and node.users else None
+        shared = None if read is None or len(shape_of(node)) != 4 else read[1]
+        if read is None or not isinstance(shared, Conv) or shared.rank:
+            continue
+        if not _merge_before(draft, node, read[0], shared, cost):
+            _merge_behind(draft, node, read[0], shared, cost)
+
+
+def _merge_before(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cost: Cost) -> bool:
+    """Let the projection of the tokens make what the shared layer makes of it.
+
+    Law:      M (W x + b) + m == (M W) x + (M b + m), for each head
+    Shapes:   W (h, d, i), M (s, d)  ->  M W (h, s, i)
+    When:     the estimate does not rise
+    Refuses:  heads that anybody else reads
+    Source:   Guo et al. 2021, External Attention, section 3.3
+    """
+    found = projection(draft, value, -2)
+    if found is None:
+        return False
+    heads, depth = found.channels.shape
+    rows, memory = sizes_of(found.tokens)[:2], shared.out_channels
+    before = work(cost, rows, found.width, heads * depth) + work(cost, (rows[0], heads * rows[1]), depth, memory)
+    if work(cost, rows, found.width, heads * memory) > before:
+        return False
+    later = draft.reader.later(node)
+    made = draft.insert(resized(_biased(found.layer.outline, shared), heads * memory), found.tokens, like=node)
+    made.meta[EXACT] = lambda: _before(found, later)
+    split = call(draft, node, aten.unflatten.int, made, 2, [heads, memory])
+    draft.supersede(node, call(draft, node, aten.transpose.int, split, 1, 2))
+    return True
+
+
+def _before(found: Projection, later: Callable[[], object]) -> Conv:
+    shared, layer = later(), found.layer.exact()
+    assert isinstance(shared, Conv)  # noqa: S101  # as it was read
+    kernel = torch.einsum("sd,hdi->hsi", shared.kernel, layer.kernel[found.channels]).flatten(0, 1)
+    biases = [] if layer.bias is None else [torch.einsum("sd,hd->hs", shared.kernel, layer.bias[found.channels])]
+    biases += [] if shared.bias is None else [shared.bias.expand(len(found.channels), -1)]
+    return Conv(kernel, sum(biases).flatten() if biases else None)  # type: ignore[union-attr]  # of tensors
+
+
+def _merge_behind(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cost: Cost) -> bool:
+    """Let the layer that reads all heads do what the shared layer does to each of them.
+
+    Law:      W concat(M y + m) + b == concat(W M) y + (W concat(m) + b), over the heads
+    Shapes:   W (o, h, d), M (d, s)  ->  W M (o, h, s)
+    When:     the estimate does not rise
+    Refuses:  results that anybody else reads
+    Source:   Guo et al. 2021, External Attention, section 3.3
+    """
+    found = gathered(draft, node)
+    if found is None:
+        return False
+    end, result, places = found
+    heads, depth = places.shape
+    batch, _, many, memory = sizes_of(value)
+    out = result.outline.out_channels
+    before = work(cost, (batch, heads * many), memory, depth) + work(cost, (batch, many), heads * depth, out)
+    if work(cost, (batch, many), heads * memory, out) > before:
+        return False
+    later = draft.reader.later(node)
+    turned = call(draft, node, aten.transpose.int, value, 1, 2)
+    joined = call(draft, node, aten.flatten.using_ints, turned, 2, 3)
+    made = draft.insert(resized(_biased(result.outline, shared), out, heads * memory), joined, like=end)
+    made.meta[EXACT] = lambda: _behind(result, places, later)
+    draft.supersede(end, made)
+    return True
+
+
+def _behind(result: Layer, places: Tensor, later: Callable[[], object]) -> Conv:
+    shared, last = later(), result.exact()
+    assert isinstance(shared, Conv)  # noqa: S101  # as it was read
+    kernel = torch.einsum("ohd,ds->ohs", last.kernel[:, places], shared.kernel).flatten(1)
+    if shared.bias is None:
+        return Conv(kernel, last.bias)
+    shift = torch.einsum("ohd,d->o", last.kernel[:, places], shared.bias)
+    return Conv(kernel, shift if last.bias is None else last.bias + shift)
+
+
+def _biased(layer: Conv, shared: Conv) -> Conv:
+    """A layer's outline, with a bias if one of the two has one."""
+    return layer if layer.bias is not None or shared.bias is None else Conv(layer.kernel, layer.kernel[:, 0])
