@@ -2,6 +2,10 @@
 
 Between them nothing happens but that channels are taken for heads. As one matrix the two are less work where the shared
 layer makes the heads no wider than they were; the cost rule decides.
+
+Of two shared layers with a softmax between them one is merged. With both, the softmax would stand between two transposes,
+which onnxruntime lets cancel: it then runs the softmax along an inner axis, 1.5 ms instead of 0.13 ms for 197 tokens and
+24 heads of 64, and the block takes 1.3 times as long. With one it takes 0.8 to 0.95 times as long.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reptool.affine.operators import Conv
+from reptool.graph.draft import is_tensor
 from reptool.graph.edits import call
 from reptool.graph.projections import gathered, projection, resized, work
 from reptool.graph.slides import operator_of
@@ -29,14 +34,27 @@ aten = torch.ops.aten
 
 
 def merge_memories(draft: Draft, cost: Cost) -> None:
-    """Merge every layer over heads with the projection in front of it, or else with the one behind it."""
-    for node in list(draft.graph.nodes):
-        read = operator_of(draft.reader, node) if node.op == "call_function" and node.users else None
-        shared = None if read is None or len(shape_of(node)) != 4 else read[1]
-        if read is None or not isinstance(shared, Conv) or shared.rank:
-            continue
-        if not _merge_before(draft, node, read[0], shared, cost):
-            _merge_behind(draft, node, read[0], shared, cost)
+    """Merge every layer over heads with the projection behind it, or else with the one in front of it."""
+    done: set[fx.Node] = set()
+    for merge in (_merge_behind, _merge_before):
+        for node in list(draft.graph.nodes):
+            read = operator_of(draft.reader, node) if node.op == "call_function" and node.users else None
+            shared = None if read is None or len(shape_of(node)) != 4 else read[1]
+            if read is None or not isinstance(shared, Conv) or shared.rank or node in done:
+                continue
+            if merge(draft, node, read[0], shared, cost):
+                done |= _over_heads(read[0])
+
+
+def _over_heads(value: fx.Node) -> set[fx.Node]:
+    """A value and those it was computed from, as far as they have an axis of heads."""
+    found, stack = set(), [value]
+    while stack:
+        node = stack.pop()
+        if node not in found and is_tensor(node) and len(shape_of(node)) == 4:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def _merge_before(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cost: Cost) -> bool:
