@@ -18,6 +18,7 @@ from reptool.graph.capture import capture
 from reptool.graph.cost import Cost, roofline
 from reptool.graph.draft import draft_of
 from reptool.graph.emit import emit
+from reptool.graph.guards import conditions_of
 from reptool.graph.leftovers import leftovers
 from reptool.graph.naming import module_path
 from reptool.graph.normalise import normalise
@@ -82,7 +83,12 @@ def fuse(
     seconds = {s: b - a for s, a, b in zip(steps, clock, clock[1:], strict=False)}
     module = work.emitted.module
     module.meta["fusion"] = FusionReport(
-        regions, _kept_apart(work.plan), leftovers(work.plan), _opaque(work.plan), seconds
+        regions,
+        _kept_apart(work.plan),
+        leftovers(work.plan),
+        _opaque(work.plan),
+        seconds,
+        conditions_of(captured.graph),
     )
     return module
 

@@ -60,6 +60,12 @@ def guard_inputs(program: ExportedProgram, *, outgrown: bool = False) -> None:
             program.graph.call_function(require_same, (holders[constant.name], constant.value, constant.name))
 
 
+def conditions_of(graph: fx.Graph) -> tuple[tuple[str, str], ...]:
+    """What a guarded graph takes its inputs to be, and why."""
+    found = [node for node in graph.nodes if node.target in _REASONS]
+    return tuple((str(node.args[0]), _REASONS[node.target]) for node in found)
+
+
 def _conditions(tensors: list[fx.Node]) -> Iterator[str]:
     """What must hold of the sizes of inputs, in Python, such as ``x.shape[2] > 5``."""
     names: dict[Any, str] = {}
@@ -115,17 +121,22 @@ def require_same(given: Any, wanted: Any, name: str) -> None:
 def require_sizes(condition: str, names: tuple[str, ...], *tensors: Tensor) -> None:
     """Raise unless the sizes of tensors meet a condition of ``guard_inputs``."""
     if not _traced(require_sizes, condition, names, *tensors):
-        why = "forward decides by that size, or makes a number of it as len(x) does; or its example had the size 1"
         do = "fuse the model again with an example of this size, or compute with x.shape[0] in forward"
-        _require(condition, names, tensors, why, do)
+        _require(condition, names, tensors, _REASONS[require_sizes], do)
 
 
 @fx.has_side_effect
 def require_example_sizes(condition: str, names: tuple[str, ...], *tensors: Tensor) -> None:
     """Raise unless a height or width is the example's, in a graph that could not follow them."""
     if not _traced(require_example_sizes, condition, names, *tensors):
-        why = "forward computes with height and width in expressions too large to follow, so both are the example's"
-        _require(condition, names, tensors, why, "fuse the model again with an example of this size")
+        do = "fuse the model again with an example of this size"
+        _require(condition, names, tensors, _REASONS[require_example_sizes], do)
+
+
+_REASONS: dict[Any, str] = {
+    require_sizes: "forward decides by that size, or makes a number of it as len(x) does; or its example had the size 1",
+    require_example_sizes: "forward computes with height and width in expressions too large to follow, so both are the example's",
+}
 
 
 def _require(condition: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], why: str, do: str) -> None:

@@ -36,7 +36,8 @@ class FusionReport:
     """What fusing did, region by region, and what was left.
 
     ``kept_apart`` are pairs of neighbours with the reason why they were not merged: it was not exact, or not worth it.
-    ``left`` are the norms and scales that are still there: module path, kind and reasons. **Units**: seconds.
+    ``left`` are the norms and scales that are still there: module path, kind and reasons. ``requires`` is what the inputs
+    have to be, such as ``x.shape[2] == 224``, and why. **Units**: seconds.
     """
 
     regions: tuple[Region, ...]
@@ -44,6 +45,7 @@ class FusionReport:
     left: tuple[tuple[str, str, str], ...]
     opaque: dict[str, int]
     seconds: dict[str, float]
+    requires: tuple[tuple[str, str], ...] = ()
 
     @property
     def worst_error(self) -> float:
@@ -53,11 +55,12 @@ class FusionReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
-            "schema_version": 2,
+            "schema_version": 3,
             "regions": [region.to_dict() for region in self.regions],
             "kept_apart": [{"at": at, "why": why} for at, why in self.kept_apart],
             "left": [{"at": at, "kind": kind, "why": why} for at, kind, why in self.left],
             "opaque": self.opaque,
+            "requires": [{"what": what, "why": why} for what, why in self.requires],
             "worst_error": self.worst_error,
             "seconds": self.seconds,
         }
@@ -77,7 +80,10 @@ class FusionReport:
         if len(self.left) > lines:
             text.append(f"             and {len(self.left) - lines} more")
         reasons = Counter(why for _, why in self.kept_apart).most_common(lines)
-        return "\n".join([*text, *(f"kept apart   {count} x {why}" for why, count in reasons)])
+        text += [f"kept apart   {count} x {why}" for why, count in reasons]
+        for why in dict.fromkeys(why for _, why in self.requires):
+            text.append(f"inputs       {' and '.join(w for w, y in self.requires if y == why)}: {why}")
+        return "\n".join(text)
 
 
 def _counts(kinds: dict[str, int]) -> str:

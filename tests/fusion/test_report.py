@@ -63,10 +63,21 @@ def test_report_is_plain_data_and_reads_well():
     model = nn.Sequential(conv_norm(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1))
     found = report(model, noise(*IMAGE))
     data = json.loads(json.dumps(found.to_dict()))
-    assert data["schema_version"] == 2
+    assert data["schema_version"] == 3
     assert [r["name"] for r in data["regions"]] == [r.name for r in found.regions]
     assert data["left"][0]["at"] == "2"
     text = found.summary()
     assert "1 batch_norm, 1 conv2d -> 1 Conv2d" in text
     assert "left         batch norm 2: relu before it is not affine" in text
     assert str(found.regions[0]).startswith("0.0: 1 batch_norm, 1 conv2d -> 1 Conv2d, error ")
+
+
+def test_fixed_sizes_are_said():
+    """Where forward makes a number of a size, the report says what the input has to be; elsewhere nothing."""
+    block = conv_norm(4, 4, 3)
+    assert not report(block, noise(*IMAGE)).requires
+    model = Lambda(lambda s, x: s.block(x).view(len(x), -1), block=block)
+    found = report(model, noise(2, 4, 8, 8))
+    assert [what for what, _ in found.requires] == ["inputs_0.shape[0] == 2"]
+    assert "inputs       inputs_0.shape[0] == 2: forward decides by that size" in found.summary()
+    assert found.to_dict()["requires"][0]["what"] == "inputs_0.shape[0] == 2"
