@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' requirements.txt)
 INDEX  := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: help demo test slow check bench coverage zoo clean
+.PHONY: help demo test slow check bench checkpoints coverage zoo clean
 help:  ## print this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 8
 
@@ -25,6 +25,9 @@ check: .venv/ready  ## lint, format and types
 
 bench: .venv/peers  ## time reptool against the pipeline of today
 	$(BIN)/python benchmarks/pipeline.py
+
+checkpoints: .venv/ready  ## time fusing a large checkpoint against only reading, hashing and writing it
+	$(BIN)/python benchmarks/checkpoints.py
 
 coverage: .venv/peers  ## fuse public architectures: what is left, and whether any is slower
 	$(BIN)/python benchmarks/coverage.py

@@ -6,17 +6,19 @@ the shapes. What it infers is then held against the network itself: every key an
 
 from __future__ import annotations
 
-import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reptool.checkpoint.recipes import RECIPES, blocks, merged_blocks, replaced_keys
-from reptool.checkpoint.timm_names import is_timm, official_name, timm_name
+from reptool.checkpoint.deploy import Shapes, deployed_shapes, form_of, places
+from reptool.checkpoint.known import DEPLOYED
+from reptool.checkpoint.names.repvgg import NAMINGS, OFFICIAL
+from reptool.checkpoint.nearest import some, unknown_network
+from reptool.checkpoint.networks import recognise_network
 from reptool.errors import InputError, UnknownModelError
-from reptool.models import create_model, list_models, natural_order
+from reptool.models import create_model, family_of, natural_order
 from reptool.models.rep.repvgg import VARIANTS
 
 if TYPE_CHECKING:
@@ -24,32 +26,60 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Shapes = dict[str, tuple[int, ...]]
+    from reptool.checkpoint.naming import Naming
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """What a state_dict is: the network and its arguments, whose key names it has, and its form."""
+    """What a state_dict is: the network and its arguments, whose key names it has, and its form.
+
+    ``renamed`` maps our keys to the file's, ``dropped`` are keys that only training uses.
+    """
 
     model: str
     arguments: dict[str, Any]
-    implementation: str
+    naming: Naming
     form: str
     renamed: dict[str, str] = field(repr=False, default_factory=dict)
     dropped: tuple[str, ...] = field(repr=False, default=())
+
+    @property
+    def implementation(self) -> str:
+        """Whose names the keys are."""
+        return self.naming.implementation
+
+    @property
+    def family(self) -> str:
+        """The network's family."""
+        return family_of(self.model)
 
     @property
     def num_classes(self) -> int:
         """Entries of the classifier."""
         return int(self.arguments["num_classes"])
 
-    def own_name(self, key: str) -> str:
-        """An official key as the file has it, or would have it."""
-        return self.renamed.get(key) or (timm_name(key) if self.implementation == "timm" else key)
+    def file_name(self, key: str) -> str:
+        """One of our keys as the file has it, or would have it."""
+        return self.renamed.get(key) or self.naming.their_name(key)
+
+    def again(self, shapes: Mapping[str, tuple[int, ...]]) -> Recognition:
+        """The same network in another form or under other names; of two with the same deploy form, the name stays.
+
+        Raises:  as ``recognise``; UnknownModelError if it is another network
+        """
+        named = self.model if self.family in DEPLOYED or not self.arguments else None
+        found = recognise(shapes, named)
+        if found.model != self.model:
+            raise UnknownModelError(f"a {found.model}, and no {self.model}", at=next(iter(shapes), ""))
+        return replace(found, arguments=self.arguments)
 
     def build(self) -> nn.Module:
-        """The network in training form, without weights (on the meta device)."""
-        return _on_meta(self.model, self.arguments)
+        """The network in training form, without weights: on the meta device, unless it computes constants there."""
+        network = _on_meta(self.model, self.arguments)
+        stored = network.state_dict().keys()
+        if all(name in stored for name, _ in network.named_buffers()):
+            return network
+        return create_model(self.model, **self.arguments).eval()
 
 
 def _repvgg(shapes: Shapes) -> tuple[str, dict[str, Any]]:
@@ -108,6 +138,14 @@ def _resnet18(shapes: Shapes) -> tuple[str, dict[str, Any]]:
     return "acnet_resnet18", _residual(layers, 4)
 
 
+def _wide_resnet(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    stem = _convs(shapes, r"(conv1)()\.(?:square|fused)_conv\.weight")
+    layers = _convs(shapes, r"stage(\d)\.block(\d+)\.conv2\.acb\.(?:square|fused)_conv\.weight")
+    last = {stage: (int(block or 0), shape[0]) for (stage, block), shape in layers.items()}
+    depths, widths = zip(*(last[stage] for stage in "123"), strict=True)
+    return "acnet_wrn16_8", {"num_blocks": depths, "widths": (stem["conv1", ""][0], *widths)}
+
+
 def _residual(layers: dict[tuple[str, str | None], tuple[int, ...]], stages: int) -> dict[str, Any]:
     numbers = [str(s) for s in range(1, stages + 1)]
     depths = tuple(sum(1 for stage, _ in layers if stage == s) for s in numbers)
@@ -136,6 +174,7 @@ ARCHITECTURES = (
     Architecture(r"stage1\.0\.rbr_\w+\.", _repvgg, "linear"),
     Architecture(r"stem\.conv1\.acb\.(square|fused)_conv\.", _vgg16, "linear2"),
     Architecture(r"conv1\.acb\.(square|fused)_conv\.", _cifarquick, "fc2"),
+    Architecture(r"stage1\.block1\.conv1\.acb\.", _wide_resnet, "linear"),
     Architecture(r"stage1\.conv1\.(square|fused)_conv\.", _cifar_resnet, "linear"),
     Architecture(r"stage1\.0\.conv1\.acb\.(square|fused)_conv\.", _resnet18, "linear"),
 )
@@ -147,31 +186,35 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], model: str | None = None) -
     Raises:  UnknownModelError if nothing known has such keys; InputError if keys are missing, unexpected or of another
              shape than the network's
     """
-    timm = any(map(is_timm, shapes))
-    renamed = {official_name(k) if timm else k: k for k in shapes}
+    published = recognise_network(shapes, model, DEPLOYED.__contains__)
+    if published is not None:
+        return Recognition(
+            published.name, dict(published.arguments), published.naming, published.form, dict(published.renamed)
+        )
+    naming = next((n for n in NAMINGS if n.fits(shapes)), OFFICIAL)
+    renamed = {naming.own_name(k): k for k in shapes}
     official: Shapes = {new: tuple(shapes[old]) for new, old in renamed.items()}
     known = next((a for a in ARCHITECTURES if any(re.match(a.mark, k) for k in official)), None)
-    if known is None and model is None:
-        raise _unknown(official)
-    name, arguments = _inferred(known, official, model)
-    training = bool(next(blocks(official), None))
-    deploy = bool(next(merged_blocks(official), None))
-    form = "mixed" if training and deploy else "deploy" if deploy else "training"
+    alone = not naming.arguments or all(re.match(r"stage\d\.", k) for k in official)
+    if model is None and not (known and alone):  # a backbone with more behind it is another network
+        raise unknown_network(official)
+    name, arguments = _inferred(known, official, model, naming.arguments)
     dropped = tuple(
         old for new, old in renamed.items() if known and known.training_only and re.match(known.training_only, new)
     )
-    result = Recognition(name, arguments, "timm" if timm else "official", form, renamed, dropped)
-    _hold(result, official)
-    return result
+    result = Recognition(name, arguments, naming, "training", renamed, dropped)
+    return replace(result, form=_held_form(result, official))
 
 
-def _inferred(known: Architecture | None, official: Shapes, model: str | None) -> tuple[str, dict[str, Any]]:
-    """Name and arguments: inferred where the keys allow it, checked against a name the user gave."""
+def _inferred(
+    known: Architecture | None, official: Shapes, model: str | None, given: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Name and arguments: inferred where the keys allow it, ``given`` otherwise, checked against a name the user gave."""
     if known is None:
         return str(model), {}
     try:
         name, arguments = known.infer(official)
-        arguments["num_classes"] = official[f"{known.classifier}.weight"][0]
+        arguments["num_classes"] = given["num_classes"] if given else official[f"{known.classifier}.weight"][0]
     except (KeyError, IndexError, ZeroDivisionError) as error:
         if model is None:
             raise InputError(
@@ -186,28 +229,27 @@ def _inferred(known: Architecture | None, official: Shapes, model: str | None) -
     return model, {"num_classes": arguments["num_classes"]}
 
 
-def _hold(found: Recognition, official: Shapes) -> None:
-    """Raise unless the keys and shapes are exactly the network's, in the form that was found."""
+def _held_form(found: Recognition, official: Shapes) -> str:
+    """The form; raises unless the keys and shapes are exactly the network's in it."""
     expected = _expected(found, official)
     counters = [k for k in expected if k.endswith("num_batches_tracked")]
-    if found.form != "training":
-        expected = deployed_shapes(expected, official)
+    blocks = places(expected, found.family)
+    form = form_of(blocks, official)
+    expected = deployed_shapes(expected, blocks, official)
     given = {k: s for k, s in official.items() if not k.endswith("num_batches_tracked")}
     wanted = {k: s for k, s in expected.items() if k not in counters}
     if given == wanted:
-        return
-    missing = [found.own_name(k) for k in wanted if k not in given]
-    unexpected = [found.own_name(k) for k in given if k not in wanted]
+        return form
+    missing = [found.file_name(k) for k in wanted if k not in given]
+    unexpected = [found.file_name(k) for k in given if k not in wanted]
     shapes = [
-        f"{found.own_name(k)} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]
+        f"{found.file_name(k)} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]
     ]
     raise InputError(
         f"the checkpoint is not a {found.model}: {len(missing)} keys missing, {len(unexpected)} unexpected, "
         f"{len(shapes)} of another shape",
         at="; ".join(
-            part
-            for part in (_some("missing", missing), _some("unexpected", unexpected), _some("shapes", shapes))
-            if part
+            part for part in (some("missing", missing), some("unexpected", unexpected), some("shapes", shapes)) if part
         ),
         why="a network that does not have exactly these weights would compute something else",
         do="check the file, or name its network with -m; fuse --blocks-only asks for no network",
@@ -218,7 +260,7 @@ def _expected(found: Recognition, given: Shapes) -> Shapes:
     """The keys and shapes of the network's training form."""
     without = [k for k, s in given.items() if 0 in s]
     if without:
-        raise InputError(f"{len(without)} tensors have no entries", at=_some("empty", without), do="check the file")
+        raise InputError(f"{len(without)} tensors have no entries", at=some("empty", without), do="check the file")
     try:
         return {k: tuple(v.shape) for k, v in found.build().state_dict().items()}
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -229,52 +271,6 @@ def _expected(found: Recognition, given: Shapes) -> Shapes:
             why=(str(error) or type(error).__name__).splitlines()[0],
             do="check the file, or name its network with -m",
         ) from error
-
-
-def _some(label: str, items: list[str]) -> str:
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return f"{label}: {', '.join(items[:5])}{more}" if items else ""
-
-
-def deployed_shapes(expected: Shapes, given: Shapes | None = None) -> Shapes:
-    """The shapes of a network's deploy form: every block's branches replaced by its fused convolution.
-
-    With ``given``, only the blocks that stand there fused.
-    """
-    result = dict(expected)
-    for prefix, recipe in blocks(expected):
-        name = f"{prefix}{recipe.merged}"
-        if given is not None and f"{name}.weight" not in given:
-            continue
-        kernel = expected[f"{prefix}{recipe.branches[0].conv}.weight"]
-        for key in replaced_keys(expected, prefix, recipe):
-            del result[key]
-        result |= {f"{name}.weight": kernel, f"{name}.bias": kernel[:1]}
-    return result
-
-
-def _unknown(official: Shapes) -> UnknownModelError:
-    """The error for keys of no known network, with the nearest one and how it differs."""
-    keys = [k for k in official if not k.endswith("num_batches_tracked")]
-    candidates = {n: _keys_of(n) for n in ("repvgg_a0", "repvggplus_l2pse", *list_models("acnet"))}
-    ranked = {n: len(set(keys) & set(c)) for n, c in candidates.items()}
-    near = max(ranked, key=lambda n: ranked[n])
-    if not ranked[near]:
-        near = max(candidates, key=lambda n: difflib.SequenceMatcher(None, keys[:50], candidates[n][:50]).ratio())
-    extra = [k for k in keys if k not in set(candidates[near])]
-    lacking = [k for k in candidates[near] if k not in set(keys)]
-    families = ", ".join(dict.fromkeys(f"{r.family} ({r.implementation})" for r in RECIPES))
-    return UnknownModelError(
-        f"the checkpoint's {len(keys)} keys are of no network known here; the nearest is {near}",
-        at="; ".join(p for p in (_some("only in the file", extra), _some(f"only in {near}", lacking)) if p),
-        why=f"blocks are known by their keys: {families}",
-        do="name the network with -m NAME, or your own with -m package.module:factory",
-    )
-
-
-def _keys_of(name: str) -> list[str]:
-    keys = _on_meta(name, {}).state_dict()
-    return [k for k in keys if not k.endswith("num_batches_tracked")]
 
 
 def _on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -1,7 +1,7 @@
 """The zip archive around a checkpoint: every record whole, plain and accounted for.
 
 ``torch.load`` does not check the records' CRC-32, reads compressed records and takes the first of two equal names; this does
-none of it. Reads the archive with the standard library only, and decodes nothing but its pickle.
+none of it. Decodes nothing but the pickle; where the tensors' bytes lie is told, for ``stored`` to read.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from reptool.checkpoint import inert, pickles
-from reptool.errors import InputError, UnsafeInputError
+from reptool.checkpoint.stored import Place
+from reptool.errors import InputError
 
 if TYPE_CHECKING:
     from typing import BinaryIO
 
 MAX_RECORDS = 200_000
-_CHUNK = 1 << 20
+_DATA = "data/"
+_RECORD = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _MAX_DESCRIPTOR = 24
 _DIRECTORY = 0x10  # torch would leave such a record's tensor uninitialised
 _DAMAGED = "the file is damaged, or was not written by torch.save; get it again from its source"
 
 
-def check_archive(stream: BinaryIO, path: str, size: int) -> frozenset[tuple[int, int]]:
-    """Refuse an archive that ``torch.load`` would misread, or whose pickle is not plain tensors; give the records' sizes and CRC-32.
+def open_archive(stream: BinaryIO, path: str, size: int) -> tuple[Any, dict[str, Place]]:
+    """The inert value of an archive's pickle, and where each storage lies; refuses what torch.save does not write.
 
     Raises: InputError naming the record; UnsafeInputError naming what the pickle asks for.
     """
@@ -42,10 +44,15 @@ def check_archive(stream: BinaryIO, path: str, size: int) -> frozenset[tuple[int
             _refuse("the archive carries a comment, which torch.save does not write", path)
         _refuse_programs({record.filename for record in records}, path)
         _check_records(records, path, size)
-        _check_layout(stream, archive, records, path)
-        _check_contents(archive, records, path)
-        _check_pickle(archive, records, path)
-        return frozenset((record.file_size, record.CRC) for record in records)
+        starts = _check_layout(stream, archive, records, path)
+        by_name = {record.filename.split("/", 1)[1]: record for record in records}
+        storages = {
+            name.removeprefix(_DATA): Place(record.filename, starts[record.filename], record.file_size, record.CRC)
+            for name, record in by_name.items()
+            if name.startswith(_DATA)
+        }
+        others = {name: record for name, record in by_name.items() if not name.startswith(_DATA)}
+        return _read_pickle(archive, others, storages, path), storages
 
 
 def _refuse(what: str, path: str, why: str | None = None, do: str = _DAMAGED) -> NoReturn:
@@ -80,9 +87,12 @@ def _check_records(records: list[zipfile.ZipInfo], path: str, size: int) -> None
         )
 
 
-def _check_layout(stream: BinaryIO, archive: zipfile.ZipFile, records: list[zipfile.ZipInfo], path: str) -> None:
-    """Check that the records fill the file from its first byte to the directory, none inside another."""
+def _check_layout(
+    stream: BinaryIO, archive: zipfile.ZipFile, records: list[zipfile.ZipInfo], path: str
+) -> dict[str, int]:
+    """Where each record's bytes begin; records fill the file from its first byte to the directory, none inside another."""
     expected = 0
+    starts = {}
     for record in sorted(records, key=lambda item: item.header_offset):
         gap = record.header_offset - expected
         if not 0 <= gap <= (_MAX_DESCRIPTOR if expected else 0):
@@ -91,23 +101,25 @@ def _check_layout(stream: BinaryIO, archive: zipfile.ZipFile, records: list[zipf
             )
         stream.seek(record.header_offset)
         header = stream.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size:
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(_RECORD):
             _refuse(f"record {record.filename!r} lies outside the file", path)
         fields = _LOCAL_HEADER.unpack(header)
-        expected = record.header_offset + _LOCAL_HEADER.size + fields[-2] + fields[-1] + record.compress_size
+        starts[record.filename] = record.header_offset + _LOCAL_HEADER.size + fields[-2] + fields[-1]
+        expected = starts[record.filename] + record.compress_size
     if not 0 <= archive.start_dir - expected <= _MAX_DESCRIPTOR:
         _refuse(f"{archive.start_dir - expected} bytes before the directory belong to no record", path)
+    return starts
 
 
-def _check_contents(archive: zipfile.ZipFile, records: list[zipfile.ZipInfo], path: str) -> None:
-    """Read every record once, so that its CRC-32 is compared."""
-    for record in records:
-        try:
-            with archive.open(record) as content:
-                while content.read(_CHUNK):
-                    pass
-        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-            _refuse(f"record {record.filename!r} is damaged", path, str(error))
+def _read(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: str) -> bytes:
+    """A small record, compared with its CRC-32."""
+    if record.file_size > pickles.MAX_PICKLE_BYTES:
+        what = f"record {record.filename!r} has {record.file_size} bytes, at most {pickles.MAX_PICKLE_BYTES} are read"
+        _refuse(what, path)
+    try:
+        return archive.read(record)
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        _refuse(f"record {record.filename!r} is damaged", path, str(error))
 
 
 def _refuse_programs(names: set[str], path: str) -> None:
@@ -131,26 +143,26 @@ def _refuse_programs(names: set[str], path: str) -> None:
         _refuse("this is a NumPy .npz archive", path, do="convert it to tensors and save with safetensors")
 
 
-def _check_pickle(archive: zipfile.ZipFile, records: list[zipfile.ZipInfo], path: str) -> None:
-    """Check the one pickle, and that its storages are exactly the records under data/."""
-    sizes = {record.filename.split("/", 1)[1]: record.file_size for record in records}
-    if "data.pkl" not in sizes:
+def _read_pickle(
+    archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], places: dict[str, Place], path: str
+) -> Any:
+    """The one pickle's inert value; its storages have to be exactly the records under data/."""
+    if "data.pkl" not in records:
         _refuse("the archive holds no data.pkl record", path)
-    by_name = {record.filename.split("/", 1)[1]: record for record in records}
-    at = f"{path}, record {by_name['data.pkl'].filename!r}"
-    if sizes["data.pkl"] > pickles.MAX_PICKLE_BYTES:
-        _refuse(f"its pickle has {sizes['data.pkl']} bytes, at most {pickles.MAX_PICKLE_BYTES} are read", at)
-    if "byteorder" in by_name and archive.read(by_name["byteorder"]) != b"little":
-        _refuse("it was written on a big-endian machine", path, do="save it again on a little-endian machine")
-    data = archive.read(by_name["data.pkl"])
-    storages = examine_pickle(io.BytesIO(data), at, len(data)).storages
-    stored = {name.removeprefix("data/"): size for name, size in sizes.items() if name.startswith("data/")}
-    for key in sorted(storages.keys() | stored.keys()):
-        wanted = storages[key].items * storages[key].item_bytes if key in storages else None
-        if wanted is None or stored.get(key) != wanted:
-            _refuse(
-                f"record 'data/{key}' has {stored.get(key, 'no')} bytes, the pickle asks for {wanted or 'none'}", path
-            )
+    data = b""
+    for name, record in records.items():
+        content = _read(archive, record, path)
+        if name == "byteorder" and content != b"little":
+            _refuse("it was written on a big-endian machine", path, do="save it again on a little-endian machine")
+        data = content if name == "data.pkl" else data
+    found = examine_pickle(io.BytesIO(data), f"{path}, record {records['data.pkl'].filename!r}", len(data))
+    for key in sorted(found.storages.keys() | places.keys()):
+        wanted = found.storages[key].size if key in found.storages else None
+        stored = places[key].size if key in places else None
+        if wanted is None or stored != wanted:
+            there = "no" if stored is None else stored
+            _refuse(f"record '{_DATA}{key}' has {there} bytes, the pickle asks for {wanted or 'none'}", path)
+    return found.value
 
 
 def examine_pickle(stream: BinaryIO, at: str, end: int | None = None) -> inert.Examined:
@@ -161,12 +173,10 @@ def examine_pickle(stream: BinaryIO, at: str, end: int | None = None) -> inert.E
     start = stream.tell()
     try:
         names = pickles.scan_globals(stream)
-        pickles.refuse_unsafe(names, at)
+        pickles.refuse_at_sight(names, at)
         pickles.require(end is None or stream.tell() == end, "bytes after the end of the pickle")
         stream.seek(start)
-        return inert.examine(stream)
-    except UnsafeInputError as error:
-        raise UnsafeInputError(error.what, at=at, why=error.why, do=error.do) from None
+        return inert.examine(stream, at)
     except ValueError as error:
         why = str(error).splitlines()[0][:300] if str(error) else None
         raise InputError("cannot read checkpoint: its pickle is damaged", at=at, why=why, do=_DAMAGED) from error

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from reptool.checkpoint.convert import learned, parts_there
-from reptool.checkpoint.recipes import blocks, replaced_keys
+from reptool.checkpoint.recipes import replaced_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from reptool.checkpoint.convert import Conversion
     from reptool.checkpoint.recipes import Recipe
     from reptool.proof.verdict import RegionProof, Verdict
 
@@ -24,7 +25,8 @@ class FusedBlockRow:
     """One fused block: what it was, what it became, and how exactly.
 
     ``spread`` is the largest over the median of the channels' largest weights, of the main kernel before and of the fused
-    one after; ``eps`` is None for a block without norms. **Units**: ``error`` is relative; ``saved`` counts learned numbers.
+    one after; ``eps`` is None for a block without norms; ``taken`` is how a block was read of which keys and shapes leave
+    something open. **Units**: ``error`` is relative; ``saved`` counts learned numbers.
     """
 
     family: str
@@ -37,6 +39,7 @@ class FusedBlockRow:
     error: float
     spread: tuple[float, float]
     saved: int
+    taken: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +88,7 @@ def block_row(
     """The row of one block, from its tensors before and the two that it became."""
     weight = recipe.fused_key(prefix, "weight")
     old = replaced_keys(before, prefix, recipe)
-    kernels = (before[f"{prefix}{recipe.main}.weight"], stored[weight])
+    kernels = (before[f"{prefix}{recipe.main_key}"], stored[weight])
     shapes = {k.removeprefix(prefix): tuple(before[k].shape) for k in old if before[k].dim() > 1}
     shapes[weight.removeprefix(prefix)] = tuple(stored[weight].shape)
     if not recipe.last_norm and not any(branch.norm for branch in recipe.branches):
@@ -104,17 +107,18 @@ def block_row(
         proof.error,
         (_spread(kernels[0]), _spread(kernels[1])),
         saved,
+        recipe.taken,
     )
 
 
-def block_rows(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], proofs: Iterable[RegionProof], eps: float | None
-) -> tuple[FusedBlockRow, ...]:
-    """The rows of a whole network's blocks, worst first; the proofs are in the order of the blocks."""
-    rows = [
-        block_row(before, {k: after[k] for k in (r.fused_key(p, "weight"), r.fused_key(p, "bias"))}, p, r, proof, eps)
-        for (p, r), proof in zip(blocks(before), proofs, strict=True)
-    ]
+def block_rows(before: Mapping[str, Tensor], done: Conversion) -> tuple[FusedBlockRow, ...]:
+    """The rows of a whole network's blocks, worst first."""
+    rows = []
+    for (prefix, recipe), proof in zip(done.places, done.verdict.regions, strict=True):
+        names = {part: recipe.fused_key(prefix, part) for part in ("weight", "bias")}
+        stored = {name: done.tensors[done.written[name]] for name in names.values()}
+        row = block_row(before, stored, prefix, recipe, proof, done.eps)
+        rows.append(replace(row, fused=done.written[names["weight"]].rpartition(".")[0]))
     return worst_first(rows)
 
 
@@ -125,6 +129,7 @@ def worst_first(rows: Iterable[FusedBlockRow]) -> tuple[FusedBlockRow, ...]:
 
 def _spread(kernel: Tensor) -> float:
     """The largest over the median of the channels' largest weights; 0 where most channels are zero."""
-    peaks = kernel.detach().to(torch.float64).abs().flatten(1).amax(1)
+    channels = kernel.detach().flatten(1)  # the kernel may be large: no second one is made of it
+    peaks = torch.maximum(channels.amax(1), -channels.amin(1)).to(torch.float64)
     median = float(peaks.median())
     return float(peaks.max()) / median if median else 0.0

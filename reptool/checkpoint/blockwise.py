@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +19,18 @@ from reptool._version import __version__
 from reptool.affine.operators import Refusal
 from reptool.checkpoint.blockreport import BlockReport, block_row, worst_first
 from reptool.checkpoint.convert import fuse_in_pieces, learned, replaced
+from reptool.checkpoint.eps import overruled, recorded_eps
 from reptool.checkpoint.health import check_health
 from reptool.checkpoint.load import EPS_KEY
 from reptool.checkpoint.recipes import RECIPES, blocks, merged_blocks, replaced_keys
+from reptool.checkpoint.sequences import FAMILY as SEQUENCES
+from reptool.checkpoint.sequences import UNPADDED, find_sequences
+from reptool.checkpoint.siblings import FAMILY, PLAIN, find_pairs, pair_notices
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError, UnknownModelError
 from reptool.proof.verdict import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from reptool.checkpoint.blockreport import FusedBlockRow
     from reptool.checkpoint.read import Checkpoint
@@ -37,21 +42,28 @@ FORM = "blocks"
 LEVEL = "blocks only"
 """The level of a verdict that says nothing of the network as a whole."""
 _READ = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_VOUCHED = ((SEQUENCES, UNPADDED), (FAMILY, PLAIN))
+"""What a user can say of layers that are no family's blocks."""
 
 
 def fuse_state_dict(
-    mapping: Mapping[str, Tensor], *, eps: float | None = None, assume: Mapping[str, str] | None = None
+    mapping: Mapping[str, Tensor],
+    *,
+    eps: float | None = None,
+    assume: Mapping[str, str] | None = None,
+    fold_bn: bool = False,
 ) -> tuple[dict[str, Tensor], BlockReport]:
     """Fuse every block of a known family in a state_dict, whatever its network; other tensors are the same objects.
 
     Keys keep their order, fused tensors have their family's deploy names and the block's dtype. Norms have ``eps``, or
     if it is None what their family's networks are trained with; ``assume`` says, by family, how to read blocks that keys
-    and shapes leave open: ``{"qarepvgg": "v1"}``.
+    and shapes leave open: ``{"qarepvgg": "v1"}``. With ``fold_bn``, norms of plain convolutions are folded where keys and
+    shapes leave no doubt that one follows the other; ``{"conv_bn": "plain"}`` vouches for the others.
 
     Raises:  UnknownModelError if there is no such block, NothingToFuseError if all are fused already, InputError for
              values that cannot be fused or a block that can be read in two ways
     """
-    return fuse_blocks(mapping, eps, assume or {})
+    return fuse_blocks(mapping, eps, assume or {}, fold_bn=fold_bn)
 
 
 def has_blocks(keys: Iterable[str]) -> bool:
@@ -65,18 +77,28 @@ def fuse_blocks(
     eps: float | None,
     assume: Mapping[str, str],
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    fold_bn: bool = False,
+    recorded: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], BlockReport]:
-    """``fuse_state_dict``, with a function that is told of the progress."""
+    """``fuse_state_dict``, with a function that is told of the progress, and the eps that the file records, by norm."""
     start = time.perf_counter()
     odd = [f"{k} ({type(t).__name__})" for k, t in mapping.items() if not isinstance(t, Tensor)]
     if odd:
         raise InputError(f"{len(odd)} entries are no tensors", at=", ".join(odd[:5]), do="pass a state_dict")
     before = {key: tensor.detach() for key, tensor in mapping.items()}
     _hold_assumed(assume)
-    todo = [(prefix, _settled(before, prefix, recipe, assume)) for prefix, recipe in blocks(before)]
-    if not todo:
+    todo = [(prefix, recipe.settled(before, prefix, assume.get(recipe.family))) for prefix, recipe in blocks(before)]
+    if SEQUENCES in assume:
+        todo += find_sequences(before, _own(before, todo))
+    doubts: dict[str, str] = {}
+    if fold_bn or FAMILY in assume:
+        pairs, doubts = find_pairs(before, _own(before, todo), plain=FAMILY in assume)
+        todo += pairs
+    todo = todo if eps is not None else recorded_eps(todo, before, recorded or {})
+    own = _own(before, todo)
+    if not todo and not doubts:
         raise _nothing(before)
-    own = {key for found in todo for key in replaced_keys(before, *found)}
     notices = check_health({key: before[key] for key in before if key in own})  # elsewhere an infinity may be meant
     after: dict[str, Tensor] = dict(mapping)
     rows: list[FusedBlockRow] = []
@@ -95,15 +117,15 @@ def fuse_blocks(
         if on_progress is not None:
             on_progress(index + 1, len(todo))
     if not rows:
-        at, why = next(iter(left.items()))
-        raise InputError(f"none of the {len(left)} blocks can be fused", at=at, why=why)
+        raise _none_fits(left, doubts)
     verdict = Verdict(LEVEL, _structure(mapping, after, rows), tuple(sorted(proofs, key=lambda p: -p.error)))
     if not verdict.passed:
         raise NotEquivalentError("the blocks are not equal after fusing", at="; ".join(verdict.problems[:3]))
-    said = (*notices, *_assumed(rows, eps), *(f"left as it was: {at}: {why}" for at, why in left.items()))
+    each = (f"left as it was: {at}: {why}" for at, why in left.items())
+    said = (*notices, *_assumed(rows, eps, recorded or {}), *each, *pair_notices(rows, doubts))
     report = BlockReport(
         worst_first(rows),
-        left,
+        left | doubts,
         verdict,
         (learned(before), learned(after)),
         said,
@@ -112,36 +134,27 @@ def fuse_blocks(
     return after, report
 
 
+def _own(keys: Collection[str], found: Iterable[tuple[str, Recipe]]) -> set[str]:
+    """The keys that some block's fused kernel replaces."""
+    return {key for prefix, recipe in found for key in replaced_keys(keys, prefix, recipe)}
+
+
 def _hold_assumed(assume: Mapping[str, str]) -> None:
     """Refuse to assume what no family leaves open."""
-    known = {r.family: [reading.implementation for reading in r.readings] for r in RECIPES if r.readings}
-    for family, reading in assume.items():
-        if reading not in known.get(family, ()):
-            offers = ", ".join(f"{name}={r}" for name, readings in known.items() for r in readings)
-            raise InputError(f"nothing is open about {family}={reading}", do=f"assume one of {offers}")
-
-
-def _settled(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, assume: Mapping[str, str]) -> Recipe:
-    """The recipe by which a block is read, where keys and shapes or the user decide."""
-    out, each = tensors[f"{prefix}{recipe.main}.weight"].shape[:2]
-    if not recipe.readings or out != each:
-        return recipe
-    named = {reading.implementation: reading for reading in recipe.readings}
-    if recipe.family in assume:
-        return named[assume[recipe.family]]
-    raise InputError(
-        f"the block {prefix.rstrip('.') or '(root)'} can be read in {len(named)} ways: {', '.join(named)}",
-        at=f"{prefix}{recipe.main}.weight, {out} channels in and out",
-        why=f"what a {recipe.family} block adds besides its kernels has no tensors",
-        do="say which it is: " + " or ".join(f"--assume {recipe.family}={name}" for name in named),
-    )
+    offers = dict.fromkeys(f"{r.family}={offer}" for r in RECIPES for offer in r.offers)
+    for family, said in assume.items():
+        understood = any(r.understands(said) for r in RECIPES if r.family == family)
+        if not understood and (family, said) not in _VOUCHED:
+            every = ", ".join((*offers, *map("=".join, _VOUCHED)))
+            raise InputError(f"nothing is open about {family}={said}", do=f"assume one of {every}")
 
 
 def _unread(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe) -> Refusal | None:
     """Why a block is not what its recipe says: tensors that no branch reads, or that its fused form would overwrite."""
     own = set(replaced_keys(tensors, prefix, recipe))
     whole = {f"{prefix}{part}" for part in recipe.parts}
-    strange = [k for k in own if k not in whole and k.rpartition(".")[2] not in _READ]
+    read = whole | {f"{part}.{name}" for part in whole for name in _READ}
+    strange = [k for k in own if k not in read]
     if recipe.kin:
         kin = re.compile(rf"{re.escape(prefix)}({recipe.kin})(\..*)?")
         strange += [k for k in tensors if k not in own and kin.fullmatch(k)]
@@ -164,26 +177,34 @@ def _structure(
     return (*problems, *(() if order == kept else ("the order of the other tensors has changed",)))
 
 
-def _assumed(rows: list[FusedBlockRow], eps: float | None) -> tuple[str, ...]:
-    """What was taken where neither the file nor the user says it: eps, and the groups of what may have an identity."""
-    open_families = {r.family for r in RECIPES if r.readings}
-    open_rows = [row for row in rows if row.family in open_families]
-    groups = (
-        [f"{len(open_rows)} blocks of {open_rows[0].family} are read as convolutions of one group"] if open_rows else []
-    )
+def _assumed(rows: list[FusedBlockRow], eps: float | None, recorded: Mapping[str, float]) -> tuple[str, ...]:
+    """What was taken where neither the file nor the user says it: eps, and what each family leaves open."""
+    open_rows = Counter((row.family, row.taken) for row in rows if row.taken)
+    others = [f"{count} blocks of {family} are read {how}" for (family, how), count in open_rows.items()]
     if eps is not None:
-        return tuple(groups)
+        return (*overruled(eps, recorded), *others)
     taken: dict[float, dict[str, None]] = {}
     for row in rows:
         if row.eps is None:
             continue
         taken.setdefault(row.eps, {})[f"{row.family} ({row.implementation})"] = None
     if not taken:
-        return tuple(groups)
+        return tuple(others)
     each = "; ".join(f"{value:g} for {', '.join(names)}" for value, names in taken.items())
+    if recorded:
+        return (f"eps of the norms is {each}: the pickled module says so", *others)
     return (
         f"eps of the norms is assumed to be {each}: a state_dict does not carry it; YOLO trainers set 0.001",
-        *groups,
+        *others,
+    )
+
+
+def _none_fits(left: dict[str, str], doubts: dict[str, str]) -> InputError:
+    """The error for blocks of which each is left, with the first reason."""
+    at, why = next(iter((left | doubts).items()))
+    do = f"--assume {FAMILY}={PLAIN}, if every one is an ordinary convolution with its norm right behind"
+    return InputError(
+        f"none of the {len(left | doubts)} blocks can be fused", at=at, why=why, do=do if doubts else None
     )
 
 
@@ -200,7 +221,7 @@ def _nothing(tensors: Mapping[str, Tensor]) -> InputError | NothingToFuseError:
         f"none of the {len(tensors)} keys belongs to a block known here",
         at=", ".join(list(tensors)[:5]),
         why=f"blocks are known by their keys: {families}",
-        do="name your own network: reptool fuse FILE -m package.module:factory",
+        do="name your own network: reptool fuse FILE -m package.module:factory; plain convolutions take --fold-bn, ExpandNets --assume",
     )
 
 

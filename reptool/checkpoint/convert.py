@@ -13,17 +13,21 @@ from torch import Tensor
 
 from reptool._version import __version__
 from reptool.affine.operators import Refusal
-from reptool.checkpoint.architectures import Recognition, deployed_shapes, recognise
+from reptool.checkpoint.architectures import Recognition, recognise
+from reptool.checkpoint.deploy import deployed_shapes, places
+from reptool.checkpoint.eps import network_eps
 from reptool.checkpoint.health import check_health
+from reptool.checkpoint.known import known_blocks
 from reptool.checkpoint.load import EPS_KEY, assigned, deployed, probe_sizes
-from reptool.checkpoint.recipes import EPS, blocks, fused_tensors, pieces, refused, replaced_keys, try_block
+from reptool.checkpoint.recipes import EPS, fused_tensors, pieces, refused, replaced_keys, try_block
+from reptool.checkpoint.translate import translated
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.proof.endtoend import verify_models
 from reptool.proof.region import stored_is_rounded
 from reptool.proof.verdict import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from reptool.checkpoint.read import Checkpoint
     from reptool.checkpoint.recipes import FusedBlock, Recipe
@@ -32,12 +36,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """A deploy-form state_dict, what it is, and its verdict."""
+    """A deploy-form state_dict, what it is, and its verdict.
+
+    ``places`` are the blocks in the order of the verdict's regions, ``blocks`` what went into the fused convolution of
+    each, ``written`` the key in the state_dict for one that the checkpoint's own implementation would write.
+    """
 
     tensors: dict[str, Tensor]
     recognition: Recognition
     verdict: Verdict
+    places: tuple[tuple[str, Recipe], ...]
     blocks: dict[str, tuple[str, ...]]
+    written: dict[str, str]
     parameters: tuple[int, int]
     eps: float = EPS
     notices: tuple[str, ...] = ()
@@ -64,18 +74,55 @@ def convert(
     model: str | None = None,
     *,
     eps: float | None = None,
+    keys: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Fuse every block of a known network's checkpoint; everything else passes through untouched.
 
-    Norms have ``eps``, by default what torch takes.
+    Norms have ``eps``, by default what torch takes. The result has the key names that ``keys`` says, by default those
+    of the implementation that wrote the checkpoint.
 
-    Raises:  UnknownModelError or InputError if the file is not such a network's, NothingToFuseError if it is fused
-             already, NotEquivalentError if the result is not equal (a fault of ours)
+    Raises:  UnknownModelError or InputError if the file is not such a network's, or ``keys`` has no names for it,
+             NothingToFuseError if it is fused already, NotEquivalentError if the result is not equal (a fault of ours)
     """
     clock = [time.perf_counter()]
     shapes = {k: tuple(t.shape) for k, t in checkpoint.tensors.items()}
     found = recognise(shapes, model)
+    _require_branches(found, checkpoint)
+    eps, said = network_eps(eps, checkpoint.eps)
+    notices = (*checkpoint.notices, *check_health(checkpoint.tensors), *said)
+    kept = {k: t for k, t in checkpoint.tensors.items() if k not in set(found.dropped)}
+    if found.dropped:
+        notices = (*notices, f"dropped {len(found.dropped)} tensors that only training uses: {found.dropped[0]}, ...")
+        found = _without_auxiliary(found)
+    clock.append(time.perf_counter())
+    todo = [(prefix, recipe.settled(kept, prefix, None)) for prefix, recipe in known_blocks(kept, found.family)]
+    own, regions, merged = _fuse_all(kept, todo, eps, on_progress)
+    if not merged:
+        raise NothingToFuseError("no block to fuse was found", at=str(checkpoint.path))
+    clock.append(time.perf_counter())
+    tensors, fused = translated(own, found.again({k: tuple(t.shape) for k, t in own.items()}), keys)
+    verdict = _verify(found, fused, kept, tensors, regions, eps)
+    clock.append(time.perf_counter())
+    _require_equal(found, verdict)
+    names = ("recognise and check", "fuse and prove regions", "verify end to end")
+    seconds = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
+    return Conversion(
+        tensors,
+        fused,
+        verdict,
+        tuple(todo),
+        merged,
+        dict(zip(own, tensors, strict=True)),
+        (learned(checkpoint.tensors), learned(tensors)),
+        eps,
+        notices,
+        seconds,
+    )
+
+
+def _require_branches(found: Recognition, checkpoint: Checkpoint) -> None:
+    """Refuse a deploy form."""
     if found.form == "deploy":
         raise NothingToFuseError(
             f"{checkpoint.path.name} is a {found.model} in deploy form already",
@@ -83,21 +130,10 @@ def convert(
             why="its blocks hold one fused convolution each",
             do=f"reptool export {checkpoint.path} --format onnx",
         )
-    notices = (*checkpoint.notices, *check_health(checkpoint.tensors))
-    if eps is None:
-        eps = EPS
-        notices = (*notices, f"eps of the norms is assumed to be {eps:g}: a state_dict does not carry it")
-    kept = {k: t for k, t in checkpoint.tensors.items() if k not in set(found.dropped)}
-    if found.dropped:
-        notices = (*notices, f"dropped {len(found.dropped)} tensors that only training uses: {found.dropped[0]}, ...")
-        found = _without_auxiliary(found)
-    clock.append(time.perf_counter())
-    tensors, regions, merged = _fuse_all(kept, eps, on_progress)
-    if not merged:
-        raise NothingToFuseError("no block to fuse was found", at=str(checkpoint.path))
-    clock.append(time.perf_counter())
-    verdict = _verify(found, kept, tensors, regions, eps)
-    clock.append(time.perf_counter())
+
+
+def _require_equal(found: Recognition, verdict: Verdict) -> None:
+    """Raise if the verdict failed."""
     if not verdict.passed:
         raise NotEquivalentError(
             f"the fused {found.model} is not equal to the original",
@@ -105,11 +141,6 @@ def convert(
             why="the end-to-end check holds the fused network to its own rounding noise",
             do="nothing was written; report this with the checkpoint",
         )
-    names = ("recognise and check", "fuse and prove regions", "verify end to end")
-    seconds = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
-    return Conversion(
-        tensors, found, verdict, merged, (learned(checkpoint.tensors), learned(tensors)), eps, notices, seconds
-    )
 
 
 def metadata(conversion: Conversion, checkpoint: Checkpoint) -> dict[str, str]:
@@ -134,14 +165,16 @@ def _without_auxiliary(found: Recognition) -> Recognition:
     """The network without the heads that only training uses."""
     renamed = {new: old for new, old in found.renamed.items() if old not in set(found.dropped)}
     arguments = {**found.arguments, "auxiliary_heads": False}
-    return Recognition(found.model, arguments, found.implementation, found.form, renamed)
+    return Recognition(found.model, arguments, found.naming, found.form, renamed)
 
 
 def _fuse_all(
-    tensors: Mapping[str, Tensor], eps: float, on_progress: Callable[[int, int], None] | None
+    tensors: Mapping[str, Tensor],
+    todo: Sequence[tuple[str, Recipe]],
+    eps: float,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], tuple[RegionProof, ...], dict[str, tuple[str, ...]]]:
     """The new mapping, in the old one's order, the proofs, and which parts went into each fused convolution."""
-    todo = list(blocks(tensors))
     result = dict(tensors)
     proofs: list[RegionProof] = []
     merged: dict[str, tuple[str, ...]] = {}
@@ -163,7 +196,7 @@ def fuse_in_pieces(
     tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe, eps: float | None
 ) -> tuple[dict[str, Tensor], RegionProof] | Refusal:
     """One block's fused tensors, and the worst proof of its pieces; or why it cannot be fused."""
-    like = tensors[f"{prefix}{recipe.main}.weight"]
+    like = tensors[f"{prefix}{recipe.main_key}"]
     parts: list[dict[str, Tensor]] = []
     proofs: list[RegionProof] = []
     for rows in pieces(tensors, prefix, recipe):
@@ -185,8 +218,9 @@ def _require_exact(block: FusedBlock, stored: Mapping[str, Tensor]) -> None:
             why=block.proof.detail or "its branches and its fused kernel give different values in float64",
             do="nothing was written; report this with the checkpoint",
         )
-    for exact, (name, tensor) in zip((block.kernel, block.bias), stored.items(), strict=True):
-        if not stored_is_rounded(exact, tensor):
+    exacts = (block.kernel,) if block.bias is None else (block.kernel, block.bias)
+    for exact, (name, tensor) in zip(exacts, stored.items(), strict=True):
+        if not stored_is_rounded(exact.flatten(1) if tensor.dim() == 2 else exact, tensor):  # a matrix has no window
             raise InputError(
                 f"the fused {name} does not fit in {str(tensor.dtype).removeprefix('torch.')}",
                 at=name,
@@ -214,6 +248,7 @@ def replaced(tensors: dict[str, Tensor], old: list[str], new: dict[str, Tensor])
 
 def _verify(
     found: Recognition,
+    fused: Recognition,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     regions: tuple[RegionProof, ...],
@@ -221,7 +256,6 @@ def _verify(
 ) -> Verdict:
     """Structure, and the end-to-end check of the fused network against the float64 run of the original."""
     reference = (assigned if found.form == "training" else deployed)(found, before, eps)
-    fused = recognise({k: tuple(t.shape) for k, t in after.items()}, found.model if not found.arguments else None)
     candidate = deployed(fused, after, eps)
     checks = verify_models(reference, candidate, probe_sizes(reference), candidate)
     return Verdict(structure=_structure(found, fused, before, after), regions=regions, end_to_end=tuple(checks))
@@ -231,11 +265,14 @@ def _structure(
     found: Recognition, fused: Recognition, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
     """What of the deploy form is not as its network has it, or was changed without being fused."""
-    wanted = deployed_shapes({new: tuple(before[old].shape) for new, old in found.renamed.items()})
+    training = {new: tuple(before[old].shape) for new, old in found.renamed.items()}
+    wanted = deployed_shapes(training, places(training, found.family))
     given = {new: tuple(after[old].shape) for new, old in fused.renamed.items()}
     problems = [f"{k} is missing or of another shape" for k, s in wanted.items() if given.get(k) != s]
     problems += [f"{k} does not belong there" for k in given if k not in wanted]
-    problems += [f"{k} was changed" for k in before if k in after and not torch.equal(before[k], after[k])]
+    kept = [(k, before[found.renamed[k]], after[fused.renamed[k]]) for k in found.renamed if k in fused.renamed]
+    made = {k for place in places(training, found.family) for k in place.made}
+    problems += [f"{k} was changed" for k, old, new in kept if k not in made and not torch.equal(old, new)]
     return tuple(problems)
 
 

@@ -9,7 +9,7 @@ import torch
 from reptool.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT_NAMES = frozenset({"weight", "bias", "running_mean", "running_var", "gamma", "beta", "alpha"})
@@ -27,6 +27,32 @@ def check_health(tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     variances = {key: value for key, value in tensors.items() if key.rpartition(".")[2] == "running_var"}
     _refuse("a negative running variance", [*filter(None, map(_negative, variances, variances.values()))])
     return tuple(filter(None, map(_zero_variance, variances, variances.values())))
+
+
+def doubtful_variances(variances: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What looks unhealthy in norms' running variances, each with its count and the first norm; nothing is refused."""
+    found: dict[str, str] = {}
+    for what, test in _DOUBTS.items():
+        channels = {key: int(test(value.double()).sum()) for key, value in variances.items() if value.dtype in FLOATS}
+        norms = [key for key, count in channels.items() if count]
+        if norms:
+            others = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+            found[what] = f"{sum(channels.values())} channels of {norms[0].rpartition('.')[0] or '(root)'}{others}"
+    return found
+
+
+def _untouched(variance: torch.Tensor) -> torch.Tensor:
+    """All channels of a norm that never saw a batch."""
+    return (variance == 1).all().expand(variance.shape)
+
+
+_DOUBTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "not finite": lambda variance: ~variance.isfinite(),
+    "negative": lambda variance: variance < 0,
+    "zero": lambda variance: variance == 0,
+    "below 1e-5, where eps decides": lambda variance: (variance > 0) & (variance < 1e-5),
+    "never updated": _untouched,
+}
 
 
 def _refuse(what: str, found: list[str]) -> None:

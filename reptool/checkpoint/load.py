@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from reptool.checkpoint.architectures import Recognition, recognise
 from reptool.checkpoint.deploy import into_deploy_form
+from reptool.checkpoint.eps import network_eps
 from reptool.checkpoint.health import check_health
-from reptool.checkpoint.own import build_own
 from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.recipes import EPS
 from reptool.checkpoint.zoo import network_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from reptool.checkpoint.containers import Weights
     from reptool.checkpoint.read import Checkpoint
 
 SOURCE = "source"
@@ -31,12 +32,14 @@ EPS_KEY = "reptool.eps"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def load(path: str | os.PathLike[str], model: str | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], model: str | None = None, *, weights: Weights | None = None) -> nn.Module:
     """The network in a checkpoint: a training form as its class, a deploy form as the fused module.
+
+    ``weights`` chooses between averaged weights and raw ones, as in ``read_checkpoint``.
 
     Raises:  as ``read_checkpoint`` and ``recognise``
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights)
     module, found = module_of(checkpoint, model)
     if found.form != "training":
         setattr(module, SOURCE, checkpoint)
@@ -52,11 +55,13 @@ def module_of(
     form with nothing left to fuse is returned as its own class, which is quicker; what it computes is the same.
     """
     check_health(checkpoint.tensors)
-    eps = _recorded_eps(checkpoint.metadata) if eps is None else eps
+    eps = _recorded_eps(checkpoint) if eps is None else eps
     if (zoo := network_of(checkpoint, model)) is not None:
         form = "deploy" if checkpoint.metadata.get("reptool.form") == "deploy" else "training"
-        given = Recognition(zoo.name, dict(zoo.arguments), zoo.implementation, form, dict(zoo.renamed))
-        return build_own(checkpoint, zoo.name), given
+        given = Recognition(zoo.name, dict(zoo.arguments), zoo.naming, form, dict(zoo.renamed))
+        from reptool.checkpoint.own import build_own  # noqa: PLC0415  # it needs the engine, which recipes do not
+
+        return build_own(checkpoint, zoo.name, zoo), given
     recorded = checkpoint.metadata.get("reptool.architecture")
     named = model or (recorded if recorded in list_models() else None)
     found = recognise({k: tuple(t.shape) for k, t in checkpoint.tensors.items()}, _specific(named))
@@ -67,11 +72,15 @@ def module_of(
         return network, found
     from reptool.fusion import fuse  # noqa: PLC0415  # costs a third of a second that recipes do not owe
 
-    return fuse(network, (torch.zeros(probe_sizes(network)[0], dtype=_dtype(network)),)), found
+    side = (64, 64) if takes(network, 64, 64) else probe_sizes(network)[0][2:]  # of more than one pixel at the end
+    return fuse(network, (torch.zeros(2, 3, *side, dtype=_dtype(network)),)), found
 
 
-def _recorded_eps(metadata: Mapping[str, str]) -> float:
-    """The eps a fused checkpoint was made with: the norms that fusing leaves alone still need it."""
+def _recorded_eps(checkpoint: Checkpoint) -> float:
+    """The eps a fused checkpoint was made with, which norms that fusing leaves alone still need; or a pickled module's."""
+    if checkpoint.eps:
+        return network_eps(None, checkpoint.eps)[0]
+    metadata = checkpoint.metadata
     try:
         eps = float(metadata.get(EPS_KEY, EPS))
     except ValueError:
@@ -98,7 +107,7 @@ def deployed(found: Recognition, tensors: Mapping[str, Tensor], eps: float = EPS
     """The deploy form with a deploy-form checkpoint's tensors, shared, not copied."""
     network = found.build()
     official = {new: tensors[old] for new, old in found.renamed.items() if old in tensors}
-    renamed = into_deploy_form(network, official)
+    renamed = into_deploy_form(network, official, found.family)
     _assign(network, {renamed.get(k, k): t for k, t in official.items()})
     _set_eps(network, eps)
     return network.eval()
@@ -124,7 +133,7 @@ def takes(network: nn.Module, height: int, width: int) -> bool:
     try:
         with torch.inference_mode():
             network(torch.zeros(1, 3, height, width, dtype=_dtype(network)))
-    except RuntimeError:
+    except (RuntimeError, InputError):
         return False
     return True
 
@@ -134,11 +143,15 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def _assign(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load strictly, except for the counters of old files; floating tensors stay trainable."""
+    """Load strictly, except for the counters of old files; floating tensors stay trainable, constants take their dtype."""
     counters = {
         k: torch.zeros((), dtype=torch.int64) for k in network.state_dict() if k.endswith("num_batches_tracked")
     }
     network.load_state_dict({**counters, **tensors}, strict=True, assign=True)
+    stored, dtype = network.state_dict().keys(), _dtype(network)
+    for name, buffer in network.named_buffers():
+        if name not in stored and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
 
 
 def _set_eps(network: nn.Module, eps: float) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from reptool._version import __version__
+from reptool.checkpoint.eps import require_eps
 from reptool.checkpoint.health import check_health
-from reptool.checkpoint.zoo import build, network_of
+from reptool.checkpoint.zoo import ENGINE, build, network_of
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.fusion import fuse
 from reptool.proof.endtoend import COPIES, DITHER, check_end_to_end, inputs_for, verify_models
@@ -26,6 +27,7 @@ from reptool.proof.verdict import Verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from reptool.checkpoint.networks import Network
     from reptool.checkpoint.read import Checkpoint
     from reptool.proof.verdict import EndToEnd
 
@@ -41,12 +43,15 @@ def is_own(model: str) -> bool:
     return ":" in model
 
 
-def build_own(read: Checkpoint, model: str) -> nn.Module:
+def build_own(read: Checkpoint, model: str, known: Network | None = None) -> nn.Module:
     """The network with a checkpoint's weights, loaded strictly, in eval mode; fused, if the checkpoint is.
+
+    ``known`` is what it was recognised as, if that is known already.
 
     Raises:  InputError if the code cannot be imported or the weights do not fit
     """
-    network, tensors = _unloaded(read, model)
+    network, tensors = _unloaded(read, model, known)
+    require_eps(network, read.eps, model)
     check_health(read.tensors)
     forms, do = iter([network]), "build the network with the arguments it was trained with"
     if read.metadata.get("reptool.form") == "deploy":
@@ -66,12 +71,13 @@ def build_own(read: Checkpoint, model: str) -> nn.Module:
     )
 
 
-def _unloaded(read: Checkpoint, model: str) -> tuple[nn.Module, Mapping[str, Tensor]]:
+def _unloaded(read: Checkpoint, model: str, known: Network | None) -> tuple[nn.Module, Mapping[str, Tensor]]:
     """The network, in eval mode, and the weights under its names."""
     if is_own(model):
         return factory(model).eval(), read.tensors
-    found = network_of(read, model)
-    assert found is not None  # noqa: S101  # a name of the zoo is given
+    found = known or network_of(read, model, engine=True)
+    if found is None:
+        raise InputError(f"the weights in {read.path.name} are of no {model}", at=str(read.path), do="leave out -m")
     return build(found, read)
 
 
@@ -212,15 +218,15 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def fuse_own(
-    read: Checkpoint, model: str, size: tuple[int, int] | None, eps: float | None
+    read: Checkpoint, model: str, size: tuple[int, int] | None, eps: float | None, known: Network | None = None
 ) -> tuple[nn.Module, Verdict]:
-    """The user's network, fused and verified end to end.
+    """The user's network, or a ``known`` one of the zoo, fused and verified end to end.
 
     Raises:  as ``build_own`` and ``own_inputs``; NothingToFuseError; NotEquivalentError
     """
     if eps is not None:
         raise InputError("--eps is for checkpoints without a class", at=model, why="the class sets its own eps")
-    network = build_own(read, model)
+    network = build_own(read, model, known)
     inputs = own_inputs(network, model, size)
     fused = fuse(network, inputs)
     if not fused.fusion.regions:  # type: ignore[union-attr]
@@ -278,11 +284,11 @@ def _failure(network: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def own_metadata(read: Checkpoint, model: str, verdict: Verdict) -> dict[str, str]:
+def own_metadata(read: Checkpoint, model: str, verdict: Verdict, known: Network | None = None) -> dict[str, str]:
     """What travels in the file."""
-    found = None if is_own(model) else network_of(read, model)
     return {
-        **({} if found is None else {"reptool.arguments": json.dumps(dict(found.arguments), sort_keys=True)}),
+        **({} if known is None else {"reptool.arguments": json.dumps(dict(known.arguments), sort_keys=True)}),
+        "reptool.implementation": ENGINE,
         "reptool.version": __version__,
         "reptool.architecture": model,
         "reptool.form": "deploy",

@@ -1,69 +1,43 @@
-"""The names a checkpoint's pickle asks for, read without looking any of them up.
+"""The names a checkpoint's pickle asks for, read without looking any of them up, and which of them are refused at sight.
 
-`scan_globals` names every global a pickle asks for, `refuse_unsafe` judges the names; ``inert.examine`` then follows the pickle
-on inert values. Only a pickle that passed all three is given to ``torch.load``. Nothing here imports, calls or builds
-anything the file names.
+Nothing here or in ``inert`` imports, calls or builds anything that a file names, so nothing depends on the list of refused
+names: a file that names what no weights have a use for is an attack, and its owner should hear of it.
 """
 
 from __future__ import annotations
 
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from reptool.errors import InputError, UnsafeInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import BinaryIO
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_OPS = 5_000_000
+SHOWN = 8
+"""Names that a message lists."""
 
-ITEM_BYTES = {
-    "torch.DoubleStorage": 8,
-    "torch.FloatStorage": 4,
-    "torch.HalfStorage": 2,
-    "torch.BFloat16Storage": 2,
-    "torch.LongStorage": 8,
-    "torch.IntStorage": 4,
-    "torch.ShortStorage": 2,
-    "torch.CharStorage": 1,
-    "torch.ByteStorage": 1,
-    "torch.BoolStorage": 1,
-    "torch.ComplexFloatStorage": 8,
-    "torch.ComplexDoubleStorage": 16,
+STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
 }
-DTYPES = frozenset(
-    f"torch.{name}"
-    for name in [
-        "float16",
-        "float32",
-        "float64",
-        "bfloat16",
-        "uint8",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "bool",
-        "complex64",
-        "complex128",
-    ]
-)
-CALLABLE = frozenset(
-    {
-        "collections.OrderedDict",
-        "collections.Counter",
-        "torch.Size",
-        "torch.device",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        "torch.serialization._get_layout",
-        "_codecs.encode",
-        "builtins.set",
-    }
-)
-ALLOWED = CALLABLE | DTYPES | frozenset(ITEM_BYTES)
 UNSUPPORTED = {
     "torch._utils._rebuild_qtensor": "quantised tensors",
     "torch._utils._rebuild_sparse_tensor": "sparse tensors",
@@ -71,11 +45,17 @@ UNSUPPORTED = {
     "torch._utils._rebuild_meta_tensor_no_storage": "meta tensors, which hold no data",
     "torch._utils._rebuild_tensor_v3": "tensors of a dtype that has no storage class (such as uint16 or float8)",
     "torch._utils._rebuild_wrapper_subclass": "tensor subclasses",
-    "torch._tensor._rebuild_from_type_v2": "tensor subclasses",
     "torch.QUInt8Storage": "quantised tensors",
     "torch.QInt8Storage": "quantised tensors",
     "torch.QInt32Storage": "quantised tensors",
 }
+_ATTACKS = frozenset(
+    {"_pickle", "_posixsubprocess", "ctypes", "importlib", "marshal", "nt", "os", "pdb", "pickle", "pip", "popen2"}
+    | {"posix", "pty", "pydoc", "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser", "zipimport"}
+)
+"""Modules from which weights need nothing."""
+_BUILTINS = {"__import__", "apply", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "file", "globals"}
+_ATTACKING_BUILTINS = frozenset(_BUILTINS | {"input", "locals", "open", "setattr", "vars"})
 _STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 PUTS = {"BINPUT", "LONG_BINPUT", "PUT"}
 GETS = {"BINGET", "LONG_BINGET", "GET"}
@@ -98,9 +78,12 @@ def operations(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         yield opcode.name, argument
 
 
-def canonical(name: str) -> str:
-    """Spell a global's name as Python 3 does."""
-    return name.replace("__builtin__.", "builtins.", 1) if name.startswith("__builtin__.") else name
+def canonical(argument: str) -> str:
+    """The dotted name of a global from the two words of the opcode, which protocol 2 spells as Python 2 did."""
+    module, _, name = argument.partition(" ")
+    if (module, name) in NAME_MAPPING:
+        return ".".join(NAME_MAPPING[module, name])
+    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
 def scan_globals(stream: BinaryIO) -> tuple[str, ...]:
@@ -113,9 +96,9 @@ def scan_globals(stream: BinaryIO) -> tuple[str, ...]:
     memo: dict[int, Any] = {}
     for name, argument in operations(stream):
         if name in {"GLOBAL", "INST"}:
-            found[canonical(".".join(str(argument).split(" ", 1)))] = None
+            found[canonical(str(argument))] = None
         elif name == "STACK_GLOBAL":
-            found[canonical(".".join(str(part) for part in strings[-2:]))] = None
+            found[canonical(" ".join(str(part) for part in strings[-2:]))] = None
         elif name in _STRINGS:
             strings.append(argument)
         elif name in PUTS or name == "MEMOIZE":
@@ -125,37 +108,40 @@ def scan_globals(stream: BinaryIO) -> tuple[str, ...]:
     return tuple(found)
 
 
-def refuse_unsafe(names: tuple[str, ...], at: str) -> None:
-    """Raise if a global is anything but torch's plain tensors and containers.
+def refuse_at_sight(names: Iterable[str], at: str) -> None:
+    """Raise if a name is one that no weights have a use for, or stands for a kind of tensor that is not read.
 
     Raises: UnsafeInputError naming the globals; InputError where they are torch's own tensors of an unsupported kind.
     """
-    foreign = [name for name in names if name not in ALLOWED]
-    if not foreign:
-        return
-    if all(name in UNSUPPORTED for name in foreign):
-        raise InputError(
-            f"unsupported kind of tensor: {', '.join(sorted({UNSUPPORTED[name] for name in foreign}))}",
-            at=at,
-            why=f"the file asks for {', '.join(foreign)}",
-            do="save plain dense tensors: torch.save({'state_dict': model.state_dict()}, path)",
-        )
-    unsafe = [name for name in foreign if name not in UNSUPPORTED]
-    shown = ", ".join(unsafe[:8]) + (f" and {len(unsafe) - 8} more" if len(unsafe) > 8 else "")
-    raise UnsafeInputError(f"refused: the file asks for {shown}", at=at, why=_why(unsafe), do=_advice(unsafe))
+    given = list(names)
+    attacks = [name for name in given if _attacks(name)]
+    if attacks:
+        raise foreign(attacks, at, "such a name is there to run code when the file is loaded; nothing was executed")
+    kinds = {UNSUPPORTED[name]: name for name in given if name in UNSUPPORTED}
+    if kinds:
+        raise unsupported(kinds, at)
 
 
-def _why(names: list[str]) -> str:
-    """Say what kind of object stands behind the refused names."""
-    if all(name.startswith("torch.") and name.endswith("Tensor") for name in names):
-        return "such a constructor makes a tensor of uninitialised memory, not of stored bytes"
-    if any(name.startswith("torch.nn.modules.") for name in names):
-        return "it holds a whole module, not its state_dict; unpickling a module runs code; nothing was executed"
-    return "unpickling it would import and call these names; nothing was executed"
+def _attacks(name: str) -> bool:
+    """Whether a name goes to such a module, be it through another that imports it."""
+    parts = name.split(".")
+    builtins = {other for one, other in pairwise(parts) if one == "builtins"}
+    return bool(_ATTACKS & set(parts) or _ATTACKING_BUILTINS & builtins)
 
 
-def _advice(names: list[str]) -> str:
-    """Tell how the owner of the file gets its weights out."""
-    if any(name.startswith("torch.nn.modules.") for name in names):
-        return "where the file was made: torch.save({'state_dict': module.state_dict()}, path)"
-    return "if you trust it: load it where it was made, and torch.save only its state_dict (tensors under string keys)"
+def unsupported(kinds: Mapping[str, str], at: str) -> InputError:
+    """The refusal of a file for its kinds of tensors, each with the global that shows it."""
+    return InputError(
+        f"unsupported kind of tensor: {', '.join(sorted(kinds))}",
+        at=at,
+        why=f"the file asks for {', '.join(kinds.values())}",
+        do="save plain dense tensors: torch.save({'state_dict': model.state_dict()}, path)",
+    )
+
+
+def foreign(names: Iterable[str], at: str, why: str) -> UnsafeInputError:
+    """The refusal of a file that asks for what is not ours to build."""
+    given = list(dict.fromkeys(names))
+    shown = ", ".join(given[:SHOWN]) + (f" and {len(given) - SHOWN} more" if len(given) > SHOWN else "")
+    do = "if you trust it: load it where it was made, and torch.save only its state_dict (tensors under string keys)"
+    return UnsafeInputError(f"refused: the file asks for {shown}", at=at, why=why, do=do)

@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reptool.affine.form import compose, merge
-from reptool.affine.operators import BatchNorm, Conv, Identity, Operator, Refusal, run
+from reptool.affine.operators import BatchNorm, Conv, Refusal, run
 from reptool.checkpoint import families
-from reptool.checkpoint.recipe import EPS, Branch, Reading, Recipe, read_block
+from reptool.checkpoint.flattened import run_step
+from reptool.checkpoint.paths import paths_of, total
+from reptool.checkpoint.reading import read_block
+from reptool.checkpoint.recipe import EPS, Branch, Recipe, filled
 from reptool.errors import InputError
 from reptool.proof.region import prove_region
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from reptool.checkpoint.flattened import Step
     from reptool.proof.verdict import RegionProof
 
 __all__ = [
@@ -58,23 +61,24 @@ RECIPES = _recipes()
 
 @dataclass(frozen=True, eq=False)
 class FusedBlock:
-    """One block's kernel (o, i / groups, kh, kw) and bias (o), in float64, and the proof that they are right."""
+    """One block's kernel (o, i / groups, kh, kw) and bias (o) or None, in float64, and the proof that they are right."""
 
     prefix: str
     recipe: Recipe
     kernel: Tensor
-    bias: Tensor
+    bias: Tensor | None
     proof: RegionProof
 
 
-def blocks(keys: Iterable[str]) -> Iterator[tuple[str, Recipe]]:
+def blocks(keys: Iterable[str], recipes: Iterable[Recipe] = RECIPES) -> Iterator[tuple[str, Recipe]]:
     """The blocks in training form among the keys: their prefixes ("" or ending in a dot) and recipes, in key order.
 
     A recipe's numbers are filled in. Where two recipes claim a key, the one that explains more keys has it.
     """
     given = list(keys)
     ordered = sorted(given)
-    found = [(index, *c, replaced_keys(_under(ordered, c[0]), *c)) for index, c in _candidates(given, ordered)]
+    seen = _candidates(given, ordered, tuple(recipes))
+    found = [(index, *c, replaced_keys(_under(ordered, c[0]), *c)) for index, c in seen]
     claimed: set[str] = set()
     chosen: list[tuple[int, str, Recipe]] = []
     for index, prefix, recipe, own in sorted(found, key=lambda f: -len(f[3])):
@@ -87,13 +91,16 @@ def blocks(keys: Iterable[str]) -> Iterator[tuple[str, Recipe]]:
             yield prefix, recipe
 
 
-def _candidates(keys: list[str], ordered: list[str]) -> Iterator[tuple[int, tuple[str, Recipe]]]:
+def _candidates(
+    keys: list[str], ordered: list[str], recipes: tuple[Recipe, ...]
+) -> Iterator[tuple[int, tuple[str, Recipe]]]:
     """Every block that some recipe sees, and at which key."""
     known = set(keys)
+    ends = tuple({recipe.main_key.rpartition(".")[2] for recipe in recipes})
     for index, key in enumerate(keys):
-        if not key.endswith(".weight"):
+        if not key.endswith(ends):
             continue
-        for recipe in RECIPES:
+        for recipe in recipes:
             found = _main(recipe).fullmatch(key)
             if found is None:
                 continue
@@ -110,7 +117,7 @@ def _candidates(keys: list[str], ordered: list[str]) -> Iterator[tuple[int, tupl
 @cache
 def _main(recipe: Recipe) -> re.Pattern[str]:
     """What the key of a recipe's first convolution looks like: the prefix, and the numbers in its name."""
-    return re.compile(rf"(|.*\.){_digits(recipe.main)}\.weight")
+    return re.compile(rf"(|.*\.){_digits(recipe.main_key)}")
 
 
 def _digits(name: str) -> str:
@@ -120,7 +127,7 @@ def _digits(name: str) -> str:
 def _numbered(recipe: Recipe, prefix: str, numbers: tuple[str, ...], ordered: list[str]) -> Recipe:
     """The recipe of one block: with its own numbers, or with as many branches as there are."""
     if numbers:
-        names = [name.replace("*", numbers[0]) for name in (recipe.merged, *recipe.needs)]
+        names = [str(filled(name, numbers)) for name in (recipe.merged, *recipe.needs)]
         branches = tuple(b.numbered(numbers) for b in recipe.branches)
         return replace(recipe, merged=names[0], needs=tuple(names[1:]), branches=branches)
     if not any("*" in name for b in recipe.branches for name in b.names):
@@ -150,10 +157,11 @@ def _complete(prefix: str, recipe: Recipe, keys: set[str]) -> bool:
 def merged_blocks(keys: Iterable[str]) -> Iterator[tuple[str, Recipe]]:
     """The blocks in deploy form among the keys; where two recipes write the same name, under the first."""
     patterns = [(re.compile(rf"(|.*\.){re.escape(r.merged)}\.{_told(r)}"), r) for r in RECIPES if r.telling]
-    for key in keys:
+    given = dict.fromkeys(keys)
+    for key in given:
         for pattern, recipe in patterns:
             found = pattern.fullmatch(key)
-            if found:
+            if found and all(f"{found[1]}{other}" in given for other in recipe.beside):
                 yield found[1], recipe
                 break
 
@@ -163,19 +171,21 @@ def _told(recipe: Recipe) -> str:
     return "bias" if recipe.merged in recipe.parts else "weight"
 
 
-_PIECE = 1 << 22
-"""Entries of a kernel that are worked on at once: 32 MB in float64, and a few such pieces at a time."""
+_PIECE = 1 << 21
+"""Entries of a kernel that are worked on at once: 16 MB in float64, and a few such pieces at a time."""
 
 
 def pieces(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe) -> Iterator[slice]:
     """A block's output channels in slices small enough to be fused in little memory; groups stay whole."""
-    main = tensors[f"{prefix}{recipe.main}.weight"]
+    main = tensors[f"{prefix}{recipe.main_key}"]
     block = read_block(tensors, prefix, recipe, None)
-    whole = 1 if isinstance(block, Refusal) else len(main) // block.groups
-    whole = 1 if whole == len(main) else whole
+    if isinstance(block, Refusal):
+        yield slice(None)  # whoever reads it is refused
+        return
+    whole = len(main) // block.groups if block.groups > 1 else 1
     image = 2 * _side(max(main.shape[2:], default=1)) ** 2
     step = max(1, _PIECE // max(1, main[0].numel(), image) // whole) * whole
-    step = len(main) if recipe.whole else step
+    step = len(main) if recipe.whole else recipe.together(step)
     for start in range(0, len(main), step):
         yield slice(start, min(start + step, len(main)))
 
@@ -205,64 +215,36 @@ def try_block(
 ) -> FusedBlock | Refusal:
     """``fuse_block``, or the reason why it cannot be done."""
     block = read_block(tensors, prefix, recipe, eps, rows)
-    paths = block if isinstance(block, Refusal) else _paths(block, recipe)
+    paths = block if isinstance(block, Refusal) else paths_of(block, recipe.branches)
     if isinstance(block, Refusal) or isinstance(paths, Refusal):
         return block if isinstance(block, Refusal) else paths  # type: ignore[return-value]
     last = block.norm(recipe.last_norm) if recipe.last_norm else None
-    total = last if isinstance(last, Refusal) else _total(paths, last)
-    if not isinstance(total, Conv) or isinstance(last, Refusal):
-        return total if isinstance(total, Refusal) else Refusal("it is no convolution")
-    bias = total.bias if total.bias is not None else torch.zeros(total.out_channels, dtype=torch.float64)
-    proof = _prove(prefix.rstrip(".") or recipe.merged or recipe.main, paths, last, total)
-    return FusedBlock(prefix, recipe, total.kernel, bias, proof)
-
-
-def _paths(block: Reading, recipe: Recipe) -> list[list[Operator]] | Refusal:
-    """The operators of every branch that is there."""
-    paths: list[list[Operator]] = []
-    for branch in recipe.branches:
-        path = branch.operators(block)
-        if isinstance(path, Refusal):
-            return path
-        if path is not None:
-            paths.append(path)
-    return paths
-
-
-def _total(paths: list[list[Operator]], last: BatchNorm | None) -> Operator | Refusal:
-    """All branches and the norm after them as one operator."""
-    total: Operator | Refusal = Identity(0)
-    for index, path in enumerate(paths):
-        branch: Operator | Refusal = path[0]
-        for operator in path[1:]:
-            branch = compose(branch, operator) if not isinstance(branch, Refusal) else branch
-        total = branch if index == 0 or isinstance(branch, Refusal) else _merged(total, branch)
-    return total if last is None or isinstance(total, Refusal) else compose(total, last)
-
-
-def _merged(total: Operator | Refusal, branch: Operator) -> Operator | Refusal:
-    return total if isinstance(total, Refusal) else merge(total, branch)
+    fused = last if isinstance(last, Refusal) else total(paths, last)
+    if not isinstance(fused, Conv) or isinstance(last, Refusal):
+        return fused if isinstance(fused, Refusal) else Refusal("it is no convolution")
+    proof = _prove(prefix.rstrip(".") or recipe.merged or recipe.main, paths, last, fused)
+    return FusedBlock(prefix, recipe, fused.kernel, fused.bias, proof)
 
 
 def _side(window: int) -> int:
-    """The side of an image that shows every tap and every border of such a window."""
-    return min(2 * window + 1, window + 6)
+    """The least side of an image that shows every tap and every border of such a window."""
+    return window
 
 
-def _prove(name: str, paths: list[list[Operator]], last: BatchNorm | None, fused: Conv) -> RegionProof:
+def _prove(name: str, paths: list[Sequence[Step]], last: BatchNorm | None, fused: Conv) -> RegionProof:
     """The branches as they were against the fused kernel, on two dense random images with every border."""
     side = _side(max(fused.window))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, fused.in_channels, side, side + 1, generator=generator, dtype=torch.float64)
 
     def original(x: Tensor) -> Tensor:
-        total: Tensor | None = None
+        result: Tensor | None = None
         for path in paths:
             y = x
-            for operator in path:
-                y = run(operator, y)
-            total = y if total is None else total + y
-        return total if last is None else run(last, total)  # type: ignore[arg-type, return-value]
+            for step in path:
+                y = run_step(step, y)
+            result = y if result is None else result + y
+        return result if last is None else run(last, result)  # type: ignore[arg-type, return-value]
 
     return prove_region(name, original, lambda x: run(fused, x), [(images,)])
 
@@ -271,7 +253,8 @@ def fused_tensors(block: FusedBlock, like: Tensor) -> dict[str, Tensor]:
     """The tensors of a fused block under its family's deploy names, rounded once to the dtype of ``like``."""
     weight, bias = (block.recipe.fused_key(block.prefix, part) for part in ("weight", "bias"))
     kernel = block.kernel if like.dim() != 2 else block.kernel.flatten(1)
-    return {weight: kernel.to(like.dtype), bias: block.bias.to(like.dtype)}
+    made = {weight: kernel, bias: block.bias}
+    return {key: tensor.to(like.dtype) for key, tensor in made.items() if tensor is not None}
 
 
 def replaced_keys(keys: Iterable[str], prefix: str, recipe: Recipe) -> list[str]:

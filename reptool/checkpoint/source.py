@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from reptool.checkpoint.architectures import Recognition
+    from reptool.checkpoint.containers import Weights
     from reptool.checkpoint.read import Checkpoint
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -61,10 +62,14 @@ def open_source(
     training_form: bool = False,
     against: Path | None = None,
     eps: float | None = None,
+    weights: Weights | None = None,
 ) -> Source:
-    """Read a checkpoint and make of it what is exported: its fused form, or on request its training form."""
+    """Read a checkpoint and make of it what is exported: its fused form, or on request its training form.
+
+    ``weights`` chooses between averaged weights and raw ones, in ``against`` where that is given: a fused file has no two.
+    """
     start = time.perf_counter()
-    read = read_checkpoint(path)
+    read = read_checkpoint(path, None if against else weights)
     shape = size or (224, 224)
     if model is not None and is_own(model):
         module: nn.Module = build_own(read, model)
@@ -85,7 +90,7 @@ def open_source(
         module = fuse(module, tuple(x.float() if x.is_floating_point() else x for x in inputs))
     reference = given if form == "training" else module
     if against:
-        reference = _float32(_original(against, model, eps))[0]
+        reference = _float32(_original(against, model, eps, weights))[0]
     metadata = {
         **_chain(read),
         "reptool.version": __version__,
@@ -133,8 +138,8 @@ def _require_size(module: nn.Module, name: str, shape: tuple[int, int]) -> None:
         ) from error
 
 
-def _original(path: Path, model: str | None, eps: float | None) -> nn.Module:
-    read = read_checkpoint(path)
+def _original(path: Path, model: str | None, eps: float | None, weights: Weights | None) -> nn.Module:
+    read = read_checkpoint(path, weights)
     if model is not None and is_own(model):
         return build_own(read, model)
     module, found = module_of(read, model, eps=eps)

@@ -18,6 +18,7 @@ from reptool.commands.options import (
     overwrite_option,
     strict_option,
     verify_option,
+    weights_option,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ SUFFIX = {"onnx": ".onnx", "torchscript": ".torchscript.pt"}
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default beside the source.")
 @model_option
 @eps_option
+@weights_option
 @image_size
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 to 23.")
 @click.option(
@@ -100,6 +102,7 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
         training_form=options["training_form"],
         against=options["against"],
         eps=options["eps"],
+        weights=options["weights"],
     )
     for text in opened.notices:
         console.note(text, quiet=options["quiet"])

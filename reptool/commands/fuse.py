@@ -14,10 +14,12 @@ from reptool.commands.options import (
     common,
     eps_option,
     image_size,
+    keys_option,
     model_option,
     overwrite_option,
     strict_option,
     verify_option,
+    weights_option,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 )
 @model_option
 @eps_option
+@weights_option
+@keys_option
 @click.option("--blocks-only", is_flag=True, help="Fuse and prove blocks, whatever network they are in.")
 @click.option(
     "--assume",
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     metavar="FAMILY=READING",
     help="How to read blocks that can be read in two ways; implies --blocks-only.",
 )
+@click.option("--fold-bn", is_flag=True, help="Fold norms of plain convolutions, too; implies --blocks-only.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write one row a block, worst first, as JSON.")
 @image_size
 @overwrite_option
@@ -59,26 +64,29 @@ def fuse(checkpoint: Path, output: Path | None, model: str | None, eps: float | 
     Examples:
       reptool fuse RepVGG-A0-train.pth
       reptool fuse ckpt.pt -o small.safetensors --overwrite
+      reptool fuse RepVGG-A0-train.pth --keys timm
       reptool fuse detector.pt --eps 1e-3 --report blocks.json
       reptool fuse mine.pt -m mynet.build:net --img-size 160
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.atomic import check_target  # noqa: PLC0415
     from reptool.checkpoint.read import read_checkpoint  # noqa: PLC0415
-    from reptool.checkpoint.zoo import network_of  # noqa: PLC0415
+    from reptool.checkpoint.zoo import ENGINE, network_of  # noqa: PLC0415
 
-    alone = options["blocks_only"] or options["assume"]
+    alone = options["blocks_only"] or options["assume"] or options["fold_bn"]
+    if options["keys"] and (alone or (model and ":" in model)):
+        raise click.UsageError(f"--keys {options['keys']} is for networks that are known, whole")
     if alone and model:
-        raise click.UsageError(f"--blocks-only and --assume ask for no network, and -m names {model}")
+        raise click.UsageError(f"--blocks-only, --assume and --fold-bn ask for no network, and -m names {model}")
     target = output or checkpoint.with_name(f"{checkpoint.stem}.fused.safetensors")
     check_target(target, options["overwrite"], checkpoint)
     if options["report"] and check_target(options["report"], options["overwrite"], checkpoint) == target.resolve():
         raise click.UsageError(f"{target} cannot be the output and the report")
-    read = read_checkpoint(checkpoint)
+    read = read_checkpoint(checkpoint, options["weights"])
     if alone:
         _fuse_blocks(read, target, eps, options)
     elif model and ":" in model:
         _fuse_own(read, model, None, target, eps, options)
-    elif (network := network_of(read, model)) is not None:
+    elif (network := network_of(read, model, engine=options["keys"] == ENGINE)) is not None:
         _fuse_own(read, network.name, network, target, eps, options)
     else:
         _fuse_known(read, model, target, eps, options)
@@ -94,16 +102,16 @@ def _fuse_known(read: Checkpoint, model: str | None, target: Path, eps: float | 
     require_unfused(read)
     try:
         with console.progress("fusing", quiet=options["quiet"]) as bar:
-            done = convert(read, model, eps=eps, on_progress=bar)
+            done = convert(read, model, eps=eps, keys=options["keys"], on_progress=bar)
     except UnknownModelError:
-        if model is not None or not has_blocks(read.tensors):
+        if model is not None or options["keys"] or not has_blocks(read.tensors):
             raise
         _fuse_blocks(read, target, eps, options)
         return
     for text in done.notices:
         console.note(text, quiet=options["quiet"])
     _require_conclusive(done.verdict, strict=options["strict"])
-    rows = block_rows(read.tensors, done.tensors, done.verdict.regions, done.eps) if options["report"] else ()
+    rows = block_rows(read.tensors, done) if options["report"] else ()
     write_checkpoint(target, done.tensors, metadata(done, read), options["overwrite"], read.path)
     _write_report(read, done.recognition.model, [asdict(row) for row in rows], options)
     if options["as_json"]:
@@ -122,7 +130,7 @@ def _fuse_blocks(read: Checkpoint, target: Path, eps: float | None, options: dic
     require_unfused(read)
     with console.progress("fusing", quiet=options["quiet"]) as bar:
         assume = {family: reading for family, _, reading in (text.partition("=") for text in options["assume"])}
-        tensors, report = fuse_blocks(read.tensors, eps, assume, bar)
+        tensors, report = fuse_blocks(read.tensors, eps, assume, bar, fold_bn=options["fold_bn"], recorded=read.eps)
     for text in (*read.notices, *report.notices):
         console.note(text, quiet=options["quiet"])
     if options["strict"]:
@@ -209,15 +217,19 @@ def _fuse_own(
     """A network of the user's own, or one of the zoo: the graph engine instead of recipes."""
     from reptool.checkpoint.own import fuse_own, own_metadata  # noqa: PLC0415
     from reptool.checkpoint.write import write_checkpoint  # noqa: PLC0415
-    from reptool.checkpoint.zoo import image_size  # noqa: PLC0415
+    from reptool.checkpoint.zoo import image_size, require_engine_keys  # noqa: PLC0415
 
+    if network is not None:
+        require_engine_keys(network, options["keys"])
     size = options["img_size"]
-    fused, verdict = fuse_own(read, model, size or (image_size(network) if network else None), eps)
+    fused, verdict = fuse_own(read, model, size or (image_size(network) if network else None), eps, network)
     report: Any = fused.fusion
     for text in read.notices:
         console.note(text, quiet=options["quiet"])
     _require_conclusive(verdict, strict=options["strict"])
-    write_checkpoint(target, fused.state_dict(), own_metadata(read, model, verdict), options["overwrite"], read.path)
+    write_checkpoint(
+        target, fused.state_dict(), own_metadata(read, model, verdict, network), options["overwrite"], read.path
+    )
     worst = sorted(report.regions, key=lambda region: -region.proof.error)
     _write_report(read, model, [region.to_dict() for region in worst], options)
     if options["as_json"]:

@@ -11,23 +11,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
+from reptool.commands.options import weights_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from reptool.checkpoint.containers import Weights
+
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@weights_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def inspect(file: Path, as_json: bool) -> None:
+def inspect(file: Path, weights: Weights | None, as_json: bool) -> None:
     """Say what is in FILE, a checkpoint or an ONNX model, without running or writing anything.
+
+    Of a checkpoint's tensors only the variances of its norms are read; the digest is that of the whole file.
 
     \b
     Examples:
       reptool inspect ckpt.pt
+      reptool inspect yolo.pt --weights model
       reptool inspect model.onnx --json
     """  # noqa: D301  # click reads the backslashes
-    found = _onnx(file) if file.suffix == ".onnx" else _checkpoint(file)
+    found = _onnx(file) if file.suffix == ".onnx" else _checkpoint(file, weights)
     if as_json:
         console.as_json({"schema_version": 1, **found})
         return
@@ -43,14 +50,15 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+        return "; ".join(map(str, value))
     return str(value)
 
 
-def _checkpoint(file: Path) -> dict[str, Any]:
-    from reptool.checkpoint.read import read_header  # noqa: PLC0415
+def _checkpoint(file: Path, weights: Weights | None) -> dict[str, Any]:
+    from reptool.checkpoint.health import doubtful_variances  # noqa: PLC0415
+    from reptool.checkpoint.read import file_digest, read_header  # noqa: PLC0415
 
-    header = read_header(file)
+    header = read_header(file, weights, values=("running_var",))
     shapes = {k: shape for k, (shape, _) in header.tensors.items()}
     kinds = Counter(str(d).removeprefix("torch.") for _, d in header.tensors.values())
     found: dict[str, Any] = {
@@ -60,8 +68,14 @@ def _checkpoint(file: Path) -> dict[str, Any]:
         "tensors": len(shapes),
         "numbers": sum(prod(s) for s in shapes.values()),
         "dtypes": dict(kinds),
+        "sha256": file_digest(file),
     }
     found |= _network(shapes)
+    if header.eps:
+        counts = Counter(header.eps.values())
+        found["eps"] = {f"{eps:g}": f"in {count} norm{'s' * (count > 1)}" for eps, count in counts.items()}
+    if doubts := doubtful_variances(header.values):
+        found["doubtful_variances"] = doubts
     found |= {
         k.removeprefix("reptool."): _brief(v) for k, v in sorted(header.metadata.items()) if k.startswith("reptool.")
     }
@@ -72,12 +86,14 @@ def _network(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Which network of the zoo has these keys and shapes, or why none has."""
     from reptool.checkpoint.architectures import recognise  # noqa: PLC0415
     from reptool.checkpoint.networks import recognise_network  # noqa: PLC0415
+    from reptool.checkpoint.zoo import BY_RECIPE  # noqa: PLC0415
     from reptool.errors import InputError  # noqa: PLC0415
 
     try:
-        if zoo := recognise_network(shapes):
+        if zoo := recognise_network(shapes, families=lambda family: family not in BY_RECIPE):
             classes = zoo.arguments.get("num_classes")
-            return {"network": zoo.name, "classes": classes, "key_names": zoo.implementation, "form": "training"}
+            known = {"network": zoo.name, "classes": classes, "key_names": zoo.implementation}
+            return {**known, **_blocks(shapes), "form": "training"}
         network = recognise(shapes)
     except InputError as error:
         return {"network": error.what, **_blocks(shapes)}
@@ -85,6 +101,7 @@ def _network(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         "network": network.model,
         "classes": network.num_classes,
         "key_names": network.implementation,
+        **_blocks(shapes),
         "form": network.form,
     }
 

@@ -22,6 +22,17 @@ eps_option = click.option(
     type=click.FloatRange(min=0, min_open=True),
     help="Eps of every batch norm; default what the file says, or 1e-5.",
 )
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["ema", "model"]),
+    help="Averaged or raw weights of a training checkpoint; default averaged where there are any.",
+)
+keys_option = click.option(
+    "--keys",
+    type=click.Choice(["official", "timm", "mmpretrain", "reptool"]),
+    help="Whose key names the deploy form of a known network gets; default those of the file's own implementation. "
+    "reptool: what the graph engine makes of it, which goes further than the published deploy forms.",
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 strict_option = click.option("--strict", is_flag=True, help="Exit 5 unless everything could be shown.")
 verify_option = click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
-from reptool.commands.options import common, eps_option, image_size, model_option, strict_option
+from reptool.commands.options import common, eps_option, image_size, model_option, strict_option, weights_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.argument("b", type=click.Path(path_type=Path))
 @model_option
 @eps_option
+@weights_option
 @image_size
 @strict_option
 @common
@@ -32,7 +33,7 @@ def verify(
     """Check that B computes what A computes; exit 1 if not.
 
     \b
-    A is a checkpoint, the reference; B a checkpoint or an ONNX file.
+    A is a checkpoint, the reference, of which --weights chooses the weights; B a checkpoint or an ONNX file.
 
     \b
     Examples:
@@ -45,7 +46,7 @@ def verify(
     from reptool.proof.endtoend import verify_models  # noqa: PLC0415
     from reptool.proof.verdict import Verdict  # noqa: PLC0415
 
-    reference = open_source(a, model, img_size, eps=eps)
+    reference = open_source(a, model, img_size, eps=eps, weights=options["weights"])
     example = reference.example()
     images = len(example) == 1 and example[0].dim() == 4
     candidate, own_noise, fixed = _candidate(b, model, eps, images=images)

@@ -11,15 +11,17 @@ from checkpoint.narrow import ACNET, REPVGG, state
 from reptool.checkpoint.architectures import recognise
 from reptool.errors import InputError, UnknownModelError
 
-BY_RECIPE = ("repvgg", "acnet-official-resnet18", "acnet-official-vgg16")
+BY_RECIPE = ("repvgg", "acnet")
 """Networks whose blocks are fused by recipes; the others' listings are those of the graph engine's networks."""
+WITH_A_NECK = "repvgg-mmpretrain-yolox-pai-small"
+"""A backbone with pooled features behind it, which no network here has."""
 LISTINGS = [
     name
     for form in ("train", "deploy")
     for name in golden_vectors.listing_names("", form)
-    if name.startswith(BY_RECIPE)
+    if name.startswith(BY_RECIPE) and not name.startswith(WITH_A_NECK)
 ]
-ACNETS = {"resnet18": "acnet_resnet18", "vgg16-cifar": "acnet_vgg16"}
+ACNETS = {"resnet18": "acnet_resnet18", "vgg16-cifar": "acnet_vgg16", "wrn16-8-cifar": "acnet_wrn16_8"}
 
 
 def shapes_of(tensors):
@@ -32,12 +34,13 @@ def expected(listing):
     family, implementation, rest = listing.split("-", 2)
     variant, _, form = rest.rpartition("-")
     name = ACNETS[variant] if family == "acnet" else variant.replace("-", "_")
+    name = f"repvgg_{name}" if implementation == "mmpretrain" else name
     return name, implementation, {"train": "training", "deploy": "deploy"}[form]
 
 
 def test_the_listings_are_there():
     """Negative control: the tables below run over every published listing of these networks."""
-    assert len(LISTINGS) == 56
+    assert len(LISTINGS) == 86
 
 
 @pytest.mark.parametrize("listing", LISTINGS)
@@ -45,7 +48,14 @@ def test_published_keys_are_recognised(listing):
     """The network, whose key names it has, its form and its classes follow from keys and shapes."""
     found = recognise(golden_vectors.load_listing(listing))
     assert (found.model, found.implementation, found.form) == expected(listing)
-    assert found.num_classes == (10 if "cifar" in listing else 1000)
+    assert found.num_classes == (10 if "cifar" in listing else 0 if "mmpretrain" in listing else 1000)
+
+
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_a_backbone_with_more_behind_it_is_another_network(form):
+    """It is left to its blocks, which are known."""
+    with pytest.raises(UnknownModelError):
+        recognise(golden_vectors.load_listing(f"{WITH_A_NECK}-{form}"))
 
 
 @pytest.mark.parametrize("listing", LISTINGS)

@@ -13,9 +13,13 @@ import reptool
 from reptool.checkpoint import blockwise, convert
 from reptool.checkpoint.blockreport import block_rows
 from reptool.checkpoint.blockwise import fuse_state_dict, has_blocks
+from reptool.checkpoint.names.repvgg import NAMINGS
+from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.recipes import blocks
+from reptool.checkpoint.write import write_checkpoint
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError, UnknownModelError
 
+_, TIMM, _ = NAMINGS
 MIXED = {
     "backbone.stem": "mobileone-dw-m4",
     "backbone.mix": "fastvit-repmixer-k3",
@@ -266,12 +270,15 @@ def test_a_changed_tensor_is_noticed(monkeypatch):
             fuse_state_dict(detector())
 
 
-def test_rows_of_a_known_network():
-    """The rows of a network that is known are made from its tensors before and after."""
+def test_rows_of_a_known_network(tmp_path):
+    """The rows of a network that is known are made from its tensors before and after, under the names it then has."""
     golden = golden_vectors.load("repvgg-net-w0125").train
-    after, proofs, _ = convert._fuse_all(golden, 1e-5, None)
-    rows = block_rows(golden, after, proofs, 1e-5)
+    read = read_checkpoint(write_checkpoint(tmp_path / "c.safetensors", golden))
+    done = convert.convert(read)
+    rows = block_rows(golden, done)
     assert len(rows) == len(list(blocks(golden))) == 7
-    assert [row.error for row in rows] == sorted((proof.error for proof in proofs), reverse=True)
+    assert [row.error for row in rows] == sorted((proof.error for proof in done.verdict.regions), reverse=True)
+    translated = block_rows(golden, convert.convert(read, keys="timm"))
+    assert {row.fused for row in translated} == {TIMM.their_name(row.fused) for row in rows}
     _, report = fuse_state_dict(golden)
     assert {row.fused: row for row in report.rows} == {row.fused: row for row in rows}

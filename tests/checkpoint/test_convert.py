@@ -81,7 +81,7 @@ def test_float64_kernels_are_exact(name):
     found = recognise(shapes_of(golden.train))
     tensors = {k: v.double() if v.is_floating_point() else v for k, v in golden.train.items()}
     training = assigned(found, tensors)
-    every = convert_module._fuse_all(tensors, 1e-5, None)[0]
+    every = convert_module._fuse_all(tensors, list(blocks(tensors)), 1e-5)[0]
     # a network that has auxiliary heads in training has its key names in the deploy form too, as far as it is built
     kept = {k: v for k, v in every.items() if k not in found.dropped}
     fused = deployed(recognise(shapes_of(kept)), kept)
@@ -104,7 +104,7 @@ def test_full_size_key_names_are_the_published_ones(listing, tmp_path):
             tensors[key] = torch.randn(shape, generator=generator) * (2 / (shape[1] * shape[-1] ** 2 * 3)) ** 0.5
         else:
             tensors[key] = torch.rand(shape, generator=generator) + 0.5
-    result, proofs, _ = convert_module._fuse_all(tensors, 1e-5, None)
+    result, proofs, _ = convert_module._fuse_all(tensors, list(blocks(tensors)), 1e-5)
     assert shapes_of(result) == golden_vectors.load_listing(f"{listing}-deploy")
     assert sum(t.numel() for t in result.values()) == 8_309_384
     assert all(proof.passed and proof.error <= 1e-12 for proof in proofs)
@@ -288,12 +288,12 @@ def test_region_proof_has_teeth(tmp_path, monkeypatch):
 def test_pieces_give_the_same_bits(name, monkeypatch):
     """A block that is fused a few output channels at a time has the same weights, bit for bit, groups included."""
     tensors = golden_vectors.load(name).train
-    whole = convert_module._fuse_all(tensors, 1e-5, None)[0]
+    whole = convert_module._fuse_all(tensors, list(blocks(tensors)), 1e-5)[0]
     monkeypatch.setattr(recipes, "_PIECE", 300)
     prefix, recipe = max(
         blocks(tensors), key=lambda found: tensors[f"{found[0]}{found[1].branches[0].conv}.weight"].numel()
     )
     assert len(list(recipes.pieces(tensors, prefix, recipe))) > 1
-    pieces = convert_module._fuse_all(tensors, 1e-5, None)[0]
+    pieces = convert_module._fuse_all(tensors, list(blocks(tensors)), 1e-5)[0]
     assert whole.keys() == pieces.keys()
     assert all(torch.equal(whole[key], pieces[key]) for key in whole)

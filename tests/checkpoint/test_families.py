@@ -36,6 +36,10 @@ SINGLE = {
     "unireplknet-dilated": ("unireplknet", "official", nn.Identity()),
     "repvit-repvggdw": ("repvit", "official", nn.Identity()),
     "fastvit-repmixer-k": ("repmixer", "official", nn.Identity()),
+    "orepa-k": ("orepa", "official", nn.Identity()),
+    "orepa-1x1": ("orepa", "official, 1x1", nn.Identity()),
+    "orepa-repvgg": ("orepa", "RepVGG", F.relu),
+    "orepa-large7": ("orepa", "official, large", nn.Identity()),
 }
 BLOCKS = [(name, case) for case in SINGLE for name in golden_vectors.names(case)]
 WRONG = ("yolov7-repconv-g2-identity",)
@@ -88,7 +92,7 @@ def fused_all(tensors, eps):
         assert block.proof.error <= 1e-12
         for key in replaced_keys(tensors, prefix, recipe):
             del result[key]
-        result |= fused_tensors(block, tensors[f"{prefix}{recipe.main}.weight"])
+        result |= fused_tensors(block, tensors[f"{prefix}{recipe.main_key}"])
         done.append(block)
     return result, done, Counter(block.recipe.title for block in done)
 
@@ -114,9 +118,9 @@ def run_block(golden, block, activation):
 
 def test_there_are_vectors():
     """Negative control: the tables below are not empty, and every family has a vector or a class of its own below."""
-    assert len(BLOCKS) == 51
+    assert len(BLOCKS) == 60
     seen = {SINGLE[case][0] for _, case in BLOCKS} | {"acb"}
-    assert {recipe.family for recipe in RECIPES} - seen == {"qarepvgg", "yolor"}
+    assert {recipe.family for recipe in RECIPES} - seen == {"qarepvgg", "yolor", "repopt", "repmlp", "repmlpnet"}
 
 
 def test_every_recipe_is_in_the_docs():
@@ -126,7 +130,7 @@ def test_every_recipe_is_in_the_docs():
     words = {word for span in re.findall(r"`([^`]+)`", text) for word in re.split(r"\W+", span)}
     own_block = {"c", "dwconv"}  # RepViT's layers, and a small kernel of UniRepLKNet's block
     for recipe in RECIPES:
-        names = [recipe.main.split(".")[0], *recipe.merged.split(".")[:1]]
+        names = [name.split(".")[0].rstrip("*") for name in (recipe.main, recipe.merged)]
         assert set(filter(None, names)) <= words | own_block, recipe.title
 
 
@@ -172,7 +176,6 @@ NONE = (
     "fastvit-attentionblock",
     "repvit-residual-dw",
     "repvit-block-s2",  # convolutions with norms, and no block of the family
-    "repmlpnet-block-c8-s4",
     "timm-mixer-p8",
 )
 
@@ -186,6 +189,7 @@ def test_what_keys_do_not_tell_is_no_block(name):
 def test_published_listings_hold_only_their_family():
     """In every published listing of one family, the blocks are of that family, however many families there are."""
     own = {"fastvit": {"mobileone", "repmixer", "replknet"}, "acnet": {"acb"}, "repvggplus": {"repvgg"}}
+    own["repmlpv1"] = {"repmlp"}
     count = 0
     for listing in golden_vectors.listing_names("", "train"):
         family = listing.split("-")[0]

@@ -136,7 +136,7 @@ def test_header_names_shapes_dtypes_and_metadata(tmp_path, suffix):
 
 
 NOT_STATE_DICTS = [
-    (torch.ones(3), "bare Tensor"),
+    (torch.ones(3), "bare tensor"),
     ([torch.ones(3)], "bare list"),
     ({}, "among nothing"),
     ({"epoch": 3}, "among 'epoch'"),
@@ -162,7 +162,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
     path = tmp_path / "c.safetensors"
     safetensors.torch.save_file(STATE, path)
-    real = module.safetensors.torch.load_file
+    real = module.read_tensors
 
     def replaced(*args, **options):
         loaded = real(*args, **options)
@@ -171,7 +171,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
         return loaded
 
     assert read_checkpoint(path).tensors
-    monkeypatch.setattr(module.safetensors.torch, "load_file", replaced)
+    monkeypatch.setattr(module, "read_tensors", replaced)
     with pytest.raises(InputError, match="changed while it was read"):
         read_checkpoint(path)
 

@@ -62,7 +62,7 @@ def test_fused_file_is_loaded_again_without_being_named(trained, tmp_path):
     assert image_size(network_of(read)) == (224, 224)
     fused, verdict = fuse_own(read, "se_resnet18", SIZE, None)
     assert verdict.passed
-    metadata = own_metadata(read, "se_resnet18", verdict)
+    metadata = own_metadata(read, "se_resnet18", verdict, network_of(read))
     again = reptool.load(write_checkpoint(tmp_path / "a.safetensors", fused.state_dict(), metadata))
     x = torch.randn(2, 3, *SIZE)
     with torch.no_grad():

@@ -156,7 +156,7 @@ def test_interruption_leaves_nothing(number, code, tmp_path):
     body = (
         "import sys, time, reptool.checkpoint.read as read\n"
         "from reptool.cli import main\n"
-        "def wait(path):\n"
+        "def wait(*_, **__):\n"
         f"    open({str(fifo)!r}, 'w').close()\n"
         "    time.sleep(60)\n"
         "read.read_checkpoint = wait\n"

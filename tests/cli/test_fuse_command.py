@@ -308,6 +308,7 @@ def test_report_has_a_row_a_block(reptool, unknown, here):
         found = [row["error"] for row in value["blocks"]]
         assert found == sorted(found, reverse=True)
         fields = {"family", "implementation", "prefix", "fused", "shapes", "merged", "eps", "error", "spread", "saved"}
+        fields |= {"taken"}
         assert all(row.keys() == fields for row in value["blocks"])
 
 
@@ -358,3 +359,25 @@ def test_readings_are_shown_and_chosen(reptool, tmp_path):
     explained(reptool("fuse", "q.safetensors"), 2, "can be read in 3 ways: v1, v2, plain", "--assume qarepvgg=v2")
     explained(reptool("fuse", "q.safetensors", "--assume", "qarepvgg=v9"), 2, "nothing is open about qarepvgg=v9")
     assert reptool("fuse", "q.safetensors", "--assume", "qarepvgg=v2").code == 0
+
+
+def test_norms_of_plain_convolutions_are_folded_when_asked(reptool, tmp_path):
+    """--fold-bn folds what leaves no doubt and lists the rest; --assume vouches for the rest; without either, nothing."""
+    pairs = {"stem": (3, "conv", "bn"), "body": (8, "conv", "bn"), "head": (3, "conv1", "bn1")}
+    tensors = {f"{p}.{conv}.weight": torch.randn(8, width, 3, 3) for p, (width, conv, _) in pairs.items()}
+    for p, (_, _, norm) in pairs.items():
+        tensors |= {f"{p}.{norm}.{part}": torch.rand(8) + 0.5 for part in ("running_mean", "running_var")}
+    write_checkpoint(tmp_path / "p.safetensors", tensors)
+    explained(reptool("fuse", "p.safetensors"), 2, "of no network known here")
+    explained(reptool("fuse", "p.safetensors", "--blocks-only"), 2, "--fold-bn")
+    explained(reptool("fuse", "p.safetensors", "--fold-bn", "-m", "repvgg"), 2, "-m names repvgg")
+    result = reptool("fuse", "p.safetensors", "--fold-bn")
+    assert (result.code, result.new) == (0, ("p.fused.safetensors",)), result.err
+    assert "left as they were, 1 pairs: a kernel with as many inputs as outputs" in result.err
+    assert "head.conv1" in result.err
+    assert "1 fused: 1 conv_bn (conv, bn)" in result.out
+    again = reptool("fuse", "p.fused.safetensors", "--fold-bn", "-o", "again.safetensors")
+    explained(again, 4, "already fused")
+    result = reptool("fuse", "p.safetensors", "--assume", "conv_bn=plain", "--overwrite", "--json")
+    assert json.loads(result.out)["left"] == {}
+    assert len(json.loads(result.out)["blocks"]) == 3

@@ -14,7 +14,7 @@ from reptool.models import create_model
 
 EXACT = 1e-11
 VECTORS, LISTINGS = model_cases.vectors(), model_cases.listings()
-EARLIER = ("repvgg-", "repvggplus-", "acnet-", "timm-repvgg-", "mmpretrain-repvgg-", "yolov7-")
+EARLIER = ("repvgg-", "repvggplus-", "acnet-", "timm-repvgg-", "mmpretrain-repvgg-", "yolov7-", "orepa-")
 """Families whose vectors test_rep_models.py, test_timm.py and the checkpoint families' tests hold."""
 
 

@@ -6,12 +6,16 @@ In both, the border behind the first norm is that norm's image of zero, so that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from reptool.affine.lower import norm_is_scale
 from reptool.affine.operators import AvgPool, BatchNorm, Conv, Operator, Pad, Refusal, double
-from reptool.checkpoint.recipe import Branch, Reading, Recipe
+from reptool.checkpoint.recipe import Branch, Recipe
+
+if TYPE_CHECKING:
+    from reptool.checkpoint.reading import Reading
 
 
 @dataclass(frozen=True)

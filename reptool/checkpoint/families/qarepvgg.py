@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reptool.affine.operators import AvgPool
-from reptool.checkpoint.recipe import Branch, Reading, Recipe
+from reptool.checkpoint.recipe import Branch, Recipe
 
 if TYPE_CHECKING:
     from reptool.affine.operators import Operator
+    from reptool.checkpoint.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ _PLAIN = Recipe(
     eps=1e-3,  # what YOLOv6's trainer sets
     needs=("bn.running_var",),
     kin=r"rbr_\w+",
+    taken="as convolutions of one group",
 )
 _V1 = replace(_PLAIN, implementation="v1", branches=(*_PLAIN.branches, Branch()))
 _V2 = replace(_V1, implementation="v2", branches=(*_V1.branches, Averaged()))

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from reptool.checkpoint.naming import Naming
 
-NAMINGS = (Naming("dbb", "official", r"(^|\.)dbb_origin\."),)
+NAMINGS = (Naming("dbb", "official", r"(^|\.)dbb_(origin|reparam)\."),)

@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from reptool.checkpoint.naming import Naming
 
-if TYPE_CHECKING:
-    import re
 
+def _timm(numbers: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Timm's names, where the four stages have these numbers in the network; the step into a stage stands before it."""
+    return (
+        *((f"^stages.{stage}.blocks", f"^network.{number}") for stage, number in enumerate(numbers)),
+        *((f"^stages.{stage}.downsample", f"^network.{2 * stage - 1}") for stage in (1, 2, 3)),
+        ("^stages.3.pos_emb.pos_enc", "^network.6.pe"),
+        ("^stages.3.pos_emb.reparam_conv", "^network.6.reparam_conv"),
+        ("^stem", "^patch_embed"),
+        ("^final_conv", "^conv_exp"),
+        ("^head.fc", "^head"),
+        ("conv_kxk", "rbr_conv"),
+        ("conv_scale", "rbr_scale"),
+        ("identity", "rbr_skip"),
+        ("large_conv", "lkb_origin"),
+        ("proj.0.reparam_conv", "proj.0.lkb_reparam"),
+        ("mlp", "convffn"),
+        *((f"{name}.gamma", name) for name in ("layer_scale", "layer_scale_1", "layer_scale_2")),
+        ("se.fc1", "se.reduce"),
+        ("se.fc2", "se.expand"),
+    )
 
-def _even(match: re.Match[str]) -> str:
-    """Stages are 0, 2, 4 and 6."""
-    return f"network.{2 * int(match[1])}."
-
-
-def _after_positions(match: re.Match[str]) -> str:
-    """The last stage is one later where a position encoding stands before it."""
-    return f"network.{2 * int(match[1]) + int(match[1] == '3')}."
-
-
-def _before(match: re.Match[str]) -> str:
-    """The step into a stage stands before it."""
-    return f"network.{2 * int(match[1]) - 1}."
-
-
-_COMMON = (
-    (r"^stages\.(\d+)\.downsample\.", _before),
-    (r"^stages\.3\.pos_emb\.pos_enc\.", "network.6.pe."),
-    (r"^stem\.", "patch_embed."),
-    (r"^final_conv\.", "conv_exp."),
-    (r"^head\.fc\.", "head."),
-    (r"\.conv_kxk\.", ".rbr_conv."),
-    (r"\.conv_scale\.", ".rbr_scale."),
-    (r"\.identity\.", ".rbr_skip."),
-    (r"\.large_conv\.", ".lkb_origin."),
-    (r"\.mlp\.", ".convffn."),
-    (r"\.(layer_scale(_[12])?)\.gamma$", r".\1"),
-    (r"\.se\.fc1\.", ".se.reduce."),
-    (r"\.se\.fc2\.", ".se.expand."),
-)
 
 NAMINGS = (
-    Naming("fastvit", "official", r"^network\.0\.0\.token_mixer\.mixer\.rbr_conv\."),
+    Naming("fastvit", "official", r"^network\.0\.0\.token_mixer\.(mixer\.rbr_conv|reparam_conv)\."),
+    # the last stage is one later where a position encoding stands before it
+    Naming("fastvit", "timm", r"^stages\.3\.pos_emb\.", pairs=_timm((0, 2, 4, 7))),
     Naming(
         "fastvit",
         "timm",
-        r"^stages\.3\.pos_emb\.pos_enc\.",
-        ((r"^stages\.(\d+)\.blocks\.", _after_positions), *_COMMON),
-    ),
-    Naming(
-        "fastvit",
-        "timm",
-        r"^stages\.3\.blocks\.0\.token_mixer\.mixer\.conv_kxk\.",
-        ((r"^stages\.(\d+)\.blocks\.", _even), *_COMMON),
+        r"^stages\.3\.blocks\.0\.token_mixer\.(mixer\.conv_kxk|reparam_conv)\.",
+        pairs=_timm((0, 2, 4, 6)),
     ),
 )

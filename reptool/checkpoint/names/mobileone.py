@@ -5,34 +5,46 @@ from __future__ import annotations
 from reptool.checkpoint.naming import Naming
 
 _MMPRETRAIN = (
-    (r"^backbone\.", ""),
-    (r"^head\.fc\.", "linear."),
-    (r"(^|\.)branch_conv_list\.", r"\1rbr_conv."),
-    (r"(^|\.)branch_scale\.", r"\1rbr_scale."),
-    (r"(^|\.)branch_norm\.", r"\1rbr_skip."),
-    (r"\.norm\.", ".bn."),
-    (r"(^|\.)se\.conv1\.conv\.", r"\1se.reduce."),
-    (r"(^|\.)se\.conv2\.conv\.", r"\1se.expand."),
+    ("branch_conv_list", "rbr_conv"),
+    ("branch_scale", "rbr_scale"),
+    ("branch_norm", "rbr_skip"),
+    ("branch_reparam", "reparam_conv"),
+    ("norm", "bn"),
+    ("se.conv1.conv", "se.reduce"),
+    ("se.conv2.conv", "se.expand"),
 )
 NAMINGS = (
-    Naming("mobileone", "official", r"(^|\.)rbr_conv\.\d+\."),
+    Naming("mobileone", "official", r"(^|\.)rbr_conv\.\d+\.|^stage0\.reparam_conv\."),
     Naming(
         "mobileone",
         "timm",
-        r"(^|\.)conv_kxk\.\d+\.",
-        (
-            (r"^stem\.", "stage0."),
-            (r"^stages\.(\d+)\.", lambda found: f"stage{int(found[1]) + 1}."),
-            (r"(^|\.)conv_kxk\.", r"\1rbr_conv."),
-            (r"(^|\.)conv_scale\.", r"\1rbr_scale."),
-            (r"(^|\.)identity\.", r"\1rbr_skip."),
-            (r"(^|\.)attn\.fc1\.", r"\1se.reduce."),
-            (r"(^|\.)attn\.fc2\.", r"\1se.expand."),
-            (r"^head\.fc\.", "linear."),
+        r"(^|\.)conv_kxk\.\d+\.|^stages\.2\.19\.reparam_conv\.",
+        pairs=(
+            ("^stem", "^stage0"),
+            *((f"^stages.{stage}", f"^stage{stage + 1}") for stage in range(4)),
+            ("conv_kxk", "rbr_conv"),
+            ("conv_scale", "rbr_scale"),
+            ("identity", "rbr_skip"),
+            ("attn.fc1", "se.reduce"),
+            ("attn.fc2", "se.expand"),
+            ("^head.fc", "^linear"),
         ),
     ),
-    Naming("mobileone", "mmpretrain", r"^backbone\..*branch_conv_list\.", _MMPRETRAIN),
     Naming(
-        "mobileone", "mmpretrain", r"^(?!backbone\.).*branch_conv_list\.", _MMPRETRAIN, arguments={"num_classes": 0}
+        "mobileone",
+        "mmpretrain",
+        r"^backbone\.stage.*\.branch_(conv_list|reparam)\.",
+        pairs=(
+            *((f"^backbone.stage{stage}", f"^stage{stage}") for stage in range(5)),
+            ("^head.fc", "^linear"),
+            *_MMPRETRAIN,
+        ),
+    ),
+    Naming(
+        "mobileone",
+        "mmpretrain",
+        r"^(?!backbone\.).*branch_conv_list\.|^stage0\.branch_reparam\.",
+        pairs=_MMPRETRAIN,
+        arguments={"num_classes": 0},
     ),
 )

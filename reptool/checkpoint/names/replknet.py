@@ -5,11 +5,15 @@ from __future__ import annotations
 from reptool.checkpoint.naming import Naming
 
 NAMINGS = (
-    Naming("replknet", "official", r"^(?!backbone\.).*lkb_origin\."),
+    Naming("replknet", "official", r"^(?!backbone\.).*lkb_(origin|reparam)\."),
     Naming(
         "replknet",
         "mmpretrain",
-        r"^backbone\..*lkb_origin\.",
-        ((r"^backbone\.stages\.3\.norm\.", "norm."), (r"^backbone\.", ""), (r"^head\.fc\.", "head.")),
+        r"^backbone\..*lkb_(origin|reparam)\.",
+        pairs=(
+            ("^backbone.stages.3.norm", "^norm"),
+            *((f"^backbone.{part}", f"^{part}") for part in ("stem", "stages", "transitions")),
+            ("^head.fc", "^head"),
+        ),
     ),
 )

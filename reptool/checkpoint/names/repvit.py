@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING
 from reptool.checkpoint.naming import Naming
 
 if TYPE_CHECKING:
-    import re
     from collections.abc import Sequence
 
 _DEPTHS = ((6, 6, 34, 2), (4, 4, 24, 4), (4, 4, 18, 2), (2, 2, 14, 2), (2, 2, 12, 2), (1, 1, 8, 1))
 """Blocks in the stages of the published networks, the deepest first, since a deeper one has a shallower one's names too."""
 _HEADS: tuple[dict[str, bool], ...] = ({}, {"distillation": False})
-"""With two heads, as the released weights are, and with one."""
+"""With two heads, as the released weights are, and with one; a deploy form has one, in which both are averaged."""
+_BLOCK = {
+    "token_mixer": "token_mixer.0",
+    "se": "token_mixer.1",
+    "channel_mixer.conv1": "channel_mixer.m.0",
+    "channel_mixer.conv2": "channel_mixer.m.2",
+}
+_DOWNSAMPLING = {
+    "spatial_downsample": "token_mixer.0",
+    "channel_downsample": "token_mixer.2",
+    "ffn.conv1": "channel_mixer.m.0",
+    "ffn.conv2": "channel_mixer.m.2",
+}
+"""The layers of a block and of a downsampling: timm's names, and ours."""
 
 
 def timm_naming(depths: Sequence[int], *, distillation: bool = True) -> Naming:
@@ -22,41 +34,34 @@ def timm_naming(depths: Sequence[int], *, distillation: bool = True) -> Naming:
     Our block 0 is the stem. Then come the blocks of the first stage; before those of each other stage, the block that
     timm calls ``pre_block`` and the one that it calls the downsampling.
     """
-    known = f"([0-{len(depths) - 1}])"
     firsts = [1 + sum(depths[:stage]) + 2 * stage for stage in range(len(depths))]
-
-    def block(match: re.Match[str]) -> str:
-        return f"features.{firsts[int(match[1])] + int(match[2])}."
-
-    def before(match: re.Match[str]) -> str:
-        return f"features.{firsts[int(match[1])] - 2}."
-
-    def downsampling(match: re.Match[str]) -> str:
-        return f"features.{firsts[int(match[1])] - 1}."
-
+    pairs = [("^stem.conv1", "^features.0.0"), ("^stem.conv2", "^features.0.2")]
+    for stage, (depth, first) in enumerate(zip(depths, firsts, strict=True)):
+        if stage:
+            pairs += _layers(f"stages.{stage}.downsample.pre_block", first - 2, _BLOCK)
+            pairs += _layers(f"stages.{stage}.downsample", first - 1, _DOWNSAMPLING)
+        for block in range(depth):
+            pairs += _layers(f"stages.{stage}.blocks.{block}", first + block, _BLOCK)
+    heads = [(f"^classifier.head{which}", f"^classifier.classifier{which}") for which in ("", "_dist")]
+    deepest = max(range(len(depths)), key=depths.__getitem__)
     return Naming(
         "repvit",
         "timm",
-        rf"^stages\.{max(range(len(depths)), key=depths.__getitem__)}\.blocks\.{max(depths) - 1}\.token_mixer\.conv1\.",
-        (
-            (r"^stem\.conv1\.", "features.0.0."),
-            (r"^stem\.conv2\.", "features.0.2."),
-            (rf"^stages\.{known}\.blocks\.(\d+)\.", block),
-            (rf"^stages\.{known}\.downsample\.pre_block\.", before),
-            (rf"^stages\.{known}\.downsample\.", downsampling),
-            (r"\.token_mixer\.(conv1?|bn)\.", r".token_mixer.0.\1."),
-            (r"\.se\.", ".token_mixer.1."),
-            (r"\.spatial_downsample\.", ".token_mixer.0."),
-            (r"\.channel_downsample\.", ".token_mixer.2."),
-            (r"\.(channel_mixer|ffn)\.conv1\.", ".channel_mixer.m.0."),
-            (r"\.(channel_mixer|ffn)\.conv2\.", ".channel_mixer.m.2."),
-            (r"^head\.head(_dist)?\.", r"classifier.classifier\1."),
-        ),
+        rf"^stages\.{deepest}\.blocks\.{max(depths) - 1}\.token_mixer\.(conv1\.|weight$)",
         arguments={} if distillation else {"distillation": False},
+        pairs=(*pairs, ("^head", "^classifier"), *heads),
     )
 
 
+def _layers(theirs: str, number: int, names: dict[str, str]) -> list[tuple[str, str]]:
+    """The names of the layers in one of our blocks."""
+    return [(f"^{theirs}.{name}", f"^features.{number}.{own}") for name, own in names.items()]
+
+
 NAMINGS = (
-    *(Naming("repvit", "official", r"^features\.1\.token_mixer\.0\.conv1\.", arguments=heads) for heads in _HEADS),
+    *(
+        Naming("repvit", "official", r"^features\.1\.token_mixer\.0\.(conv1\.|weight$)", arguments=heads)
+        for heads in _HEADS
+    ),
     *(timm_naming(depths, distillation=not heads) for depths in _DEPTHS for heads in _HEADS),
 )

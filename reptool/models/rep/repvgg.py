@@ -87,9 +87,10 @@ class RepVGG(nn.Module):
     """A stem block and four stages of RepVGG blocks, the first block of each at stride 2, then a linear classifier.
 
     ``widths`` are the channels of the stem and the four stages; ``num_blocks`` the depths of the stages. Blocks are
-    numbered through the network, the stem being 0; those in ``grouped_layers`` use ``groups`` groups.
+    numbered through the network, the stem being 0; those in ``grouped_layers`` use ``groups`` groups. Without classes
+    there is no classifier.
 
-    Shapes:  (n, 3, h, w) -> (n, num_classes), any h and w
+    Shapes:  (n, 3, h, w) -> (n, num_classes), or (n, widths[4]) without classes; any h and w
     Source:  Ding et al. 2021, table 2 and section 3.4
     """
 
@@ -126,7 +127,7 @@ class RepVGG(nn.Module):
         self.stage3 = stage(3)
         self.stage4 = stage(4)
         self.gap = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(widths[4], num_classes)
+        self.linear = nn.Linear(widths[4], num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of a batch of images."""
