@@ -19,7 +19,7 @@ from reptool.checkpoint.recipes import blocks
 from reptool.checkpoint.write import write_checkpoint
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError, UnknownModelError
 
-_, TIMM, _ = NAMINGS
+_, TIMM, *_ = NAMINGS
 MIXED = {
     "backbone.stem": "mobileone-dw-m4",
     "backbone.mix": "fastvit-repmixer-k3",

@@ -26,7 +26,7 @@ PAIRS = [
     ),
     *((f"repvgg-official-repvgg-{name}", f"repvgg-timm-repvgg_{name}") for name in ("a0", "b1g4", "d2se")),
 ]
-_, _, MMPRETRAIN = NAMINGS
+_, _, MMPRETRAIN, BACKBONE = NAMINGS
 
 
 def on_meta(shapes):
@@ -83,6 +83,21 @@ def test_mmpretrain_repvgg_in_a_classifier(name):
         assert "stage0.rbr_reparam.weight" in official or form == "training"
         assert shapes_of(translated(official, as_official, "mmpretrain")[0]) == shapes_of(whole)
     assert any(".se.down." in MMPRETRAIN.own_name(key) for key in whole) == name.endswith("-se")
+
+
+@pytest.mark.parametrize("name", ["mmpretrain-repvgg-net", "mmpretrain-repvgg-net-se"])
+def test_mmpretrain_repvgg_by_itself(name, tmp_path):
+    """A backbone without a classifier is verified whole and written under its names; nobody else has some for it."""
+    golden = golden_vectors.load(name)
+    done = convert(read_checkpoint(write_checkpoint(tmp_path / "a.safetensors", golden.train)))
+    found = done.recognition
+    assert (found.model, found.implementation, found.num_classes) == ("repvgg", "mmpretrain", 0)
+    assert done.verdict.passed
+    assert shapes_of(done.tensors) == shapes_of(golden.deploy)
+    assert BACKBONE.fits(done.tensors)
+    assert not MMPRETRAIN.fits(done.tensors)
+    with pytest.raises(InputError, match="no key names of official"):
+        translated(done.tensors, found, "official")
 
 
 @pytest.mark.parametrize("keys", ["official", "timm", "mmpretrain"])
