@@ -52,8 +52,13 @@ def _fits(entry: Entry, tensor: torch.Tensor) -> bool:
 def _holds(stream: BinaryIO, tensor: torch.Tensor) -> bool:
     """Whether the bytes of a tensor come next."""
     wanted = _bits(tensor).numpy().data
-    starts = range(0, len(wanted), _PIECE)
-    return all(stream.read(len(wanted[start : start + _PIECE])) == wanted[start : start + _PIECE] for start in starts)
+    found = bytearray(min(len(wanted), _PIECE))  # compares itself with any memory at once, a view byte by byte
+    for start in range(0, len(wanted), _PIECE):
+        piece = wanted[start : start + _PIECE]
+        del found[len(piece) :]
+        if stream.readinto(found) != len(piece) or found != piece:  # type: ignore[attr-defined]  # of an open file
+            return False
+    return True
 
 
 def _wrong_pt(path: Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
