@@ -189,8 +189,9 @@ def _require_conclusive(verdict: Verdict, *, strict: bool) -> None:
 def _print(done: Conversion, source: Path, target: Path, *, verbose: int) -> None:
     found = done.recognition
     before, after = done.parameters
+    classes = f"{found.num_classes} classes" if found.num_classes else "no classifier"
     rows = [
-        ("network", f"{found.model}, {found.num_classes} classes ({found.implementation} key names)"),
+        ("network", f"{found.model}, {classes} ({found.implementation} key names)"),
         (
             "blocks",
             f"{len(done.blocks)} fused, {sum(map(len, done.blocks.values()))} convolutions and norms into {len(done.blocks)}",

@@ -39,22 +39,25 @@ def compare(
     copies: Sequence[Any],
     dtype: torch.dtype = torch.float32,
     centre: Any = None,
+    own: Sequence[Any] = (),
 ) -> tuple[float, float]:
     """The error of a result over the largest error of the copies (T), and that noise relative to the output (eps).
 
     ``centre`` is the float64 run of the model the copies were made of. It is the reference only if that model is the
     original: measured against the reference, the copies of a faulty model would all carry its fault, and T would be 1.
+    ``own`` are copies of the original, around the reference, where that is not exact beside the result: in float64.
 
-    **Law**: ``T = RMS(got - r) / max(max_k RMS(copy_k - c), u RMS(r))``, ``eps = max_k RMS(copy_k - c) / RMS(r)``; of
-    several outputs the worst counts. T is infinite where structure, shapes or the places of NaN and infinity differ.
-    Outputs that are not floating count by the fraction of entries that differ.
+    **Law**: ``T = RMS(got - r) / max(max_k RMS(copy_k - c) + max_k RMS(own_k - r), u RMS(r))``,
+    ``eps = max_k RMS(copy_k - c) / RMS(r)``; of several outputs the worst counts. T is infinite where structure, shapes
+    or the places of NaN and infinity differ. Outputs that are not floating count by the fraction of entries that differ.
     """
     leaves, spec = tree_flatten(reference64)
-    others = [tree_flatten(value) for value in (got, reference64 if centre is None else centre, *copies)]
+    others = [tree_flatten(value) for value in (got, reference64 if centre is None else centre, *copies, *own)]
     if any(other != spec for _, other in others):
         return math.inf, math.nan
     columns = zip(leaves, *(values for values, _ in others), strict=True)
-    figures = [_compare_leaf(r, y, c, noisy, _UNIT[dtype]) for r, y, c, *noisy in columns]
+    count = len(copies)
+    figures = [_compare_leaf(r, y, c, noisy[:count], noisy[count:], _UNIT[dtype]) for r, y, c, *noisy in columns]
     return max((t for t, _ in figures), default=math.inf), max((eps for _, eps in figures), default=math.nan)
 
 
@@ -66,11 +69,12 @@ def check_end_to_end(
     dtype: torch.dtype = torch.float32,
     *,
     centre: Any = None,
+    own: Sequence[Any] = (),
 ) -> EndToEnd:
     """One comparison, judged: accepted at T up to 2, inconclusive where the noise is above a thousandth."""
     if detail := mismatch(reference64, got):
         return EndToEnd(label, math.inf, math.nan, passed=False, detail=detail)
-    ratio, resolution = compare(reference64, got, copies, dtype, centre)
+    ratio, resolution = compare(reference64, got, copies, dtype, centre, own)
     passed = None if resolution > RESOLUTION else ratio <= LIMIT
     return EndToEnd(label, ratio, resolution, passed, _top1(reference64, got))
 
@@ -174,19 +178,24 @@ class _Group:
             return result
         return self._judge(label, got, self._compute(batch))  # a model may mix its batch: compare like with like
 
-    def _judge(self, label: str, got: Any, runs: tuple[Any, Any, list[Any]]) -> EndToEnd:
-        reference, centre, copies = runs
-        return check_end_to_end(label, reference, got, copies, self.dtype, centre=centre)
+    def _judge(self, label: str, got: Any, runs: tuple[Any, Any, list[Any], list[Any]]) -> EndToEnd:
+        reference, centre, copies, own = runs
+        return check_end_to_end(label, reference, got, copies, self.dtype, centre=centre, own=own)
 
-    def _compute(self, batch: int) -> tuple[Any, Any, list[Any]]:
-        """The reference, the centre of the copies and the copies, in batches of one size."""
+    def _compute(self, batch: int) -> tuple[Any, Any, list[Any], list[Any]]:
+        """The reference, the centre of the copies, the copies, and the reference's own, in batches of one size."""
         reference = in_batches(partial(float64_run, self.reference), self.inputs, batch)
         same = self.null_model is self.reference
         centre = reference if same else in_batches(partial(float64_run, self.null_model), self.inputs, batch)
-        return reference, centre, [in_batches(partial(self._dithered, seed), self.inputs, batch) for seed in self.seeds]
+        copies = self._copies(self.null_model, batch)
+        rounded = not same and _dtype(self.reference) == torch.float64  # then its run is no more exact than the copies
+        return reference, centre, copies, self._copies(self.reference, batch) if rounded else []
 
-    def _dithered(self, seed: int, x: tuple[Tensor, ...]) -> Any:
-        return dithered_run(self.null_model, x, seed, self.probability)
+    def _copies(self, model: nn.Module, batch: int) -> list[Any]:
+        def dithered(seed: int, x: tuple[Tensor, ...]) -> Any:
+            return dithered_run(model, x, seed, self.probability)
+
+        return [in_batches(partial(dithered, seed), self.inputs, batch) for seed in self.seeds]
 
 
 def _run(candidate: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
@@ -201,19 +210,28 @@ def in_batches(run: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, .
     return tree_map(lambda *parts: torch.cat(parts), *pieces)
 
 
-def _compare_leaf(r: Tensor, y: Tensor, c: Tensor, copies: Sequence[Tensor], unit: float) -> tuple[float, float]:
+def _compare_leaf(
+    r: Tensor, y: Tensor, c: Tensor, copies: Sequence[Tensor], own: Sequence[Tensor], unit: float
+) -> tuple[float, float]:
     """T and eps of one output."""
     if not r.is_floating_point():
         error, noise = _rms(y != r), max((_rms(copy != c) for copy in copies), default=0.0)
         return _ratio(error, noise), 0.0
     if r.shape != y.shape or not _same_pattern(r, y):
         return math.inf, math.nan
-    if not all(copy.shape == c.shape and _same_pattern(c, copy) for copy in copies):
+    if not all(
+        copy.shape == x.shape and _same_pattern(x, copy) for x, some in ((c, copies), (r, own)) for copy in some
+    ):
         return math.inf, math.inf
-    finite, around = torch.isfinite(r), torch.isfinite(c)
-    size = _rms(r[finite])
-    noise = max((_rms(copy[around].double() - c[around].double()) for copy in copies), default=0.0)
-    return _ratio(_rms(y[finite].double() - r[finite].double()), max(noise, unit * size)), _ratio(noise, size)
+    noise, reference = _spread(copies, c), _spread(own, r)
+    size = _rms(r[torch.isfinite(r)])
+    return _ratio(_spread([y], r), max(noise + reference, unit * size)), _ratio(noise, size)
+
+
+def _spread(values: Sequence[Tensor], around: Tensor) -> float:
+    """The largest root mean square difference, where it is finite."""
+    finite = torch.isfinite(around)
+    return max((_rms(value[finite].double() - around[finite].double()) for value in values), default=0.0)
 
 
 def _same_pattern(a: Tensor, b: Tensor) -> bool:

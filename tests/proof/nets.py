@@ -53,7 +53,8 @@ def _fused(block: Block, with_point: bool) -> list[nn.Module]:
     if block.skips:
         kernel[:, :, 1, 1] += torch.eye(len(kernel), dtype=kernel.dtype)
     conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, block.wide.stride, 1)
-    conv.weight, conv.bias = nn.Parameter(kernel.float()), nn.Parameter(bias.float())
+    dtype = block.wide.weight.dtype
+    conv.weight, conv.bias = nn.Parameter(kernel.to(dtype)), nn.Parameter(bias.to(dtype))
     return [conv, nn.ReLU()]
 
 

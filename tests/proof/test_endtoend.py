@@ -71,6 +71,19 @@ def test_gross_faults_are_found(fault):
         assert checks[0].passed is False
 
 
+def test_float64_networks_are_held_to_the_noise_of_both():
+    """In float64 the reference is rounded as well: correct networks pass, and an error of 1e-12 does not."""
+    for seed in range(10):
+        net = training_net(seed, depth=2 + seed % 8).double()
+        fused = fused_net(net)
+        ratio, checks = _worst(net, fused)
+        assert checks[0].resolution < 1e-14
+        assert ratio < 2, seed
+        with torch.no_grad():
+            fused[0].weight.mul_(1 + 1e-12)
+        assert _worst(net, fused)[0] > 10, seed
+
+
 def test_a_fault_shared_by_copies_and_centre_is_hidden():
     """The negative control of the centre: copies measured against the reference itself would hide the fault."""
     reference = torch.randn(8, 10, dtype=torch.float64)
