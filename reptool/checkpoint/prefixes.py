@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Those of torch's own wrappers, which no class of a network has in its names."""
 PREFIXES = (
     "module.visual.trunk.",
-    "module.",
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
+    *WRAPPERS,
     "image_encoder.",
     "model.",
     "net.",
@@ -33,3 +32,10 @@ def common_prefix(keys: Iterable[str]) -> str:
         else:
             break
     return found
+
+
+def without_wrappers(prefix: str) -> str:
+    """What of a prefix that was taken off may be the class's own, as YOLO's ``model.`` is."""
+    while wrapper := next((w for w in WRAPPERS if prefix.startswith(w)), ""):
+        prefix = prefix.removeprefix(wrapper)
+    return prefix

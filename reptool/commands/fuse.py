@@ -124,13 +124,17 @@ def _fuse_known(read: Checkpoint, model: str | None, target: Path, eps: float | 
 def _fuse_blocks(read: Checkpoint, target: Path, eps: float | None, options: dict[str, Any]) -> None:
     """A network that is not known: its blocks only."""
     from reptool.checkpoint.blockwise import fuse_blocks, metadata, require_unfused  # noqa: PLC0415
+    from reptool.checkpoint.prefixes import without_wrappers  # noqa: PLC0415
     from reptool.checkpoint.write import write_checkpoint  # noqa: PLC0415
     from reptool.errors import InconclusiveError  # noqa: PLC0415
 
     require_unfused(read)
     with console.progress("fusing", quiet=options["quiet"]) as bar:
         assume = {family: reading for family, _, reading in (text.partition("=") for text in options["assume"])}
-        tensors, report = fuse_blocks(read.tensors, eps, assume, bar, fold_bn=options["fold_bn"], recorded=read.eps)
+        own = without_wrappers(read.prefix)  # the class around the blocks is not known: its names stay whole
+        given = {f"{own}{key}": tensor for key, tensor in read.tensors.items()}
+        recorded = {f"{own}{norm}": number for norm, number in read.eps.items()}
+        tensors, report = fuse_blocks(given, eps, assume, bar, fold_bn=options["fold_bn"], recorded=recorded)
     for text in (*read.notices, *report.notices):
         console.note(text, quiet=options["quiet"])
     if options["strict"]:

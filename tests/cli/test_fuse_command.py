@@ -271,6 +271,20 @@ def test_blocks_of_an_unknown_network_are_fused(reptool, unknown):
     assert "blocks" in reptool("inspect", "d.fused.safetensors").out
 
 
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
+def test_an_unknown_class_keeps_its_names(wrapper, reptool, unknown, tmp_path):
+    """What a class may have in front of all its names stays in the file and the report; torch's wrappers go."""
+    torch.save({f"{wrapper}model.{key}": tensor for key, tensor in unknown.items()}, tmp_path / "w.pt")
+    result = reptool("fuse", "w.pt", "--report", "w.json")
+    assert result.code == 0, result.err
+    with safe_open("w.fused.safetensors", "pt") as file:
+        assert "model.neck.1.rbr_reparam.weight" in file.keys()  # noqa: SIM118  # it is no mapping
+        assert all(key.startswith("model.") for key in file.keys())  # noqa: SIM118
+    blocks = json.loads((tmp_path / "w.json").read_text())["blocks"]
+    assert {row["prefix"] for row in blocks} == {"model.backbone.0.", "model.neck.1."}
+    explained(reptool("fuse", "w.fused.safetensors"), 4, "w.fused.safetensors is already fused")
+
+
 def test_a_file_that_somebody_else_fused(reptool, tmp_path):
     """Blocks in deploy form are known without our metadata."""
     write_checkpoint(tmp_path / "d.safetensors", {f"b.{k}": t for k, t in golden_vectors.load("dbb-k3").deploy.items()})
