@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from reptool.affine.operators import Scale
-from reptool.graph.carriers import carried
 from reptool.graph.naming import module_path
-from reptool.graph.spread import NORMS
+from reptool.graph.rules.carriers import carried
+from reptool.graph.rules.spread import NORMS
 from reptool.graph.structure import describe
 from reptool.graph.values import arguments_of
 

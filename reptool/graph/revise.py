@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from reptool.graph.centring import centre_maps
-from reptool.graph.concat import scale_branches
-from reptool.graph.edits import tidy
-from reptool.graph.factors import hand_factors_back
-from reptool.graph.flattening import flatten_scales
-from reptool.graph.gains import hand_gains_back
-from reptool.graph.heads import merge_heads
-from reptool.graph.memories import merge_memories
-from reptool.graph.pairs import choose_by_sigmoid
-from reptool.graph.permutations import absorb_permutations
-from reptool.graph.scalars import place_numbers
-from reptool.graph.slides import slide_back
-from reptool.graph.softmax import drop_constants
-from reptool.graph.spread import spread
-from reptool.graph.stacks import stack_branches
-from reptool.graph.sums import apply_once
-from reptool.graph.windows import flatten_windows
+from reptool.graph.rules.centring import centre_maps
+from reptool.graph.rules.concat import scale_branches
+from reptool.graph.rules.edits import tidy
+from reptool.graph.rules.factors import hand_factors_back
+from reptool.graph.rules.flattening import flatten_scales
+from reptool.graph.rules.gains import hand_gains_back
+from reptool.graph.rules.heads import merge_heads
+from reptool.graph.rules.memories import merge_memories
+from reptool.graph.rules.pairs import choose_by_sigmoid
+from reptool.graph.rules.permutations import absorb_permutations
+from reptool.graph.rules.scalars import place_numbers
+from reptool.graph.rules.slides import slide_back
+from reptool.graph.rules.softmax import drop_constants
+from reptool.graph.rules.spread import spread
+from reptool.graph.rules.stacks import stack_branches
+from reptool.graph.rules.sums import apply_once
+from reptool.graph.rules.windows import flatten_windows
 
 if TYPE_CHECKING:
     from reptool.graph.cost import Cost

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import reptool.fusion
 from reptool.errors import NotEquivalentError
-from reptool.graph import factors, heads
+from reptool.graph.rules import factors, heads
 from reptool.proof.region import TOLERANCE
 
 TOKENS, IMAGE, WIDE = (2, 7, 12), (2, 8, 5, 6), (2, 7, 4)

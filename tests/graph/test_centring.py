@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import reptool.fusion
 from reptool.errors import NotEquivalentError
-from reptool.graph import centring
+from reptool.graph.rules import centring
 from reptool.proof.region import TOLERANCE
 
 TOKENS, MORE_TOKENS = (2, 7, 12), (3, 7, 12)

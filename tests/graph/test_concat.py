@@ -11,7 +11,7 @@ from torch import nn
 
 from reptool.errors import NotEquivalentError
 from reptool.fusion import fuse
-from reptool.graph import concat, stacks
+from reptool.graph.rules import concat, stacks
 from reptool.proof.region import TOLERANCE
 
 CONV, BN2 = nn.Conv2d, nn.BatchNorm2d

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from reptool.errors import NotEquivalentError
 from reptool.fusion import fuse
-from reptool.graph import gains
-from reptool.graph.pointwise import is_elementwise
+from reptool.graph.rules import gains
+from reptool.graph.rules.pointwise import is_elementwise
 from reptool.proof.region import TOLERANCE
 
 CONV = nn.Conv2d

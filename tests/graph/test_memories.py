@@ -11,7 +11,7 @@ from torch import nn
 import reptool
 from reptool.affine.operators import Conv
 from reptool.errors import NotEquivalentError
-from reptool.graph import memories
+from reptool.graph.rules import memories
 from reptool.proof.region import TOLERANCE
 
 

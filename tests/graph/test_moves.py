@@ -11,8 +11,8 @@ from blocks import Lambda, noise
 from torch.fx import map_arg
 
 from reptool.graph.capture import capture
-from reptool.graph.carriers import axis_after, axis_before, carried
-from reptool.graph.moves import along_one_axis, moved_from, moves_of, numbered, run_move, varying_in
+from reptool.graph.rules.carriers import axis_after, axis_before, carried
+from reptool.graph.rules.moves import along_one_axis, moved_from, moves_of, numbered, run_move, varying_in
 from reptool.graph.values import shape_of, sizes_of
 
 MOVES = {

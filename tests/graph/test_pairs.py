@@ -12,7 +12,7 @@ from torch import nn
 
 import reptool.fusion
 from reptool.errors import NotEquivalentError
-from reptool.graph import pairs, sums
+from reptool.graph.rules import pairs, sums
 from reptool.proof.region import TOLERANCE
 
 IMAGE, ROWS = (2, 8, 5, 6), (2, 6)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from reptool.errors import NotEquivalentError
 from reptool.fusion import fuse
-from reptool.graph import permutations
+from reptool.graph.rules import permutations
 from reptool.proof.region import TOLERANCE
 
 CONV, BN2 = nn.Conv2d, nn.BatchNorm2d

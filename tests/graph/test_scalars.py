@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from reptool.errors import NotEquivalentError
 from reptool.fusion import fuse
-from reptool.graph import scalars, softmax, spread
+from reptool.graph.rules import scalars, softmax, spread
 from reptool.proof.region import TOLERANCE
 
 TOKENS, MAPS = (2, 7, 12), (2, 28, 27, 12)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import reptool.fusion
 from reptool.errors import NotEquivalentError
-from reptool.graph import shifts, softmax
+from reptool.graph.rules import shifts, softmax
 from reptool.proof.region import TOLERANCE
 
 INF, TOKENS, IMAGE = float("inf"), (2, 7, 12), (2, 8, 5, 6)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from reptool.errors import NotEquivalentError
 from reptool.fusion import fuse
-from reptool.graph import flattening, windows
+from reptool.graph.rules import flattening, windows
 from reptool.proof.region import TOLERANCE
 
 CONV, BN1, BN2, LINEAR = nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Linear

@@ -15,11 +15,11 @@ from torch import fx
 from reptool.affine.form import outline, without_constant
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.edits import call, replace_by
-from reptool.graph.moves import numbered
-from reptool.graph.rows import EXPANDS, axes_of, is_returned
-from reptool.graph.shifts import SUMS, Shift, ends_of, with_shift
-from reptool.graph.slides import LAYERS, operator_of, output_axis
+from reptool.graph.rules.edits import call, replace_by
+from reptool.graph.rules.moves import numbered
+from reptool.graph.rules.rows import EXPANDS, axes_of, is_returned
+from reptool.graph.rules.shifts import SUMS, Shift, ends_of, with_shift
+from reptool.graph.rules.slides import LAYERS, operator_of, output_axis
 from reptool.graph.values import EXACT, OPERATOR, arguments_of, shape_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from reptool.affine.operators import Operator
     from reptool.graph.draft import Draft
     from reptool.graph.read import Reader
-    from reptool.graph.shifts import End
+    from reptool.graph.rules.shifts import End
 
 aten = torch.ops.aten
 _REDUCTIONS: tuple[Any, ...] = (

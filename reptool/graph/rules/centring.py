@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reptool.graph.edits import call
-from reptool.graph.rows import only_centres, row_sum
+from reptool.graph.rules.edits import call
+from reptool.graph.rules.rows import only_centres, row_sum
 from reptool.graph.values import arguments_of, fixed, shape_of
 
 if TYPE_CHECKING:

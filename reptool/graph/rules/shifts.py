@@ -16,11 +16,20 @@ from torch import Tensor, fx
 
 from reptool.affine.form import compose, outline
 from reptool.affine.operators import Conv, Refusal, Scale
-from reptool.graph.carriers import carried
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.moves import PARTINGS, along_one_axis, holders, moved_from, moves_of, numbered, run_move, varying_in
-from reptool.graph.rows import SOFTMAXES, aligned, axes_of, row_sum
-from reptool.graph.slides import channel_axis, operator_of
+from reptool.graph.rules.carriers import carried
+from reptool.graph.rules.moves import (
+    PARTINGS,
+    along_one_axis,
+    holders,
+    moved_from,
+    moves_of,
+    numbered,
+    run_move,
+    varying_in,
+)
+from reptool.graph.rules.rows import SOFTMAXES, aligned, axes_of, row_sum
+from reptool.graph.rules.slides import channel_axis, operator_of
 from reptool.graph.values import arguments_of, shape_of, sizes_of
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from reptool.affine.operators import Conv, Scale
-from reptool.graph.carriers import carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.moves import PARTINGS, holders, moved_from, moves_of, numbered, run_move, run_moves
-from reptool.graph.shifts import PRODUCTS
-from reptool.graph.slides import operator_of, output_axis
+from reptool.graph.rules.carriers import carried, computes_nothing
+from reptool.graph.rules.moves import PARTINGS, holders, moved_from, moves_of, numbered, run_move, run_moves
+from reptool.graph.rules.shifts import PRODUCTS
+from reptool.graph.rules.slides import operator_of, output_axis
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from reptool.graph.carriers import axis_before, carried, computes_nothing
 from reptool.graph.draft import is_tensor
+from reptool.graph.rules.carriers import axis_before, carried, computes_nothing
 from reptool.graph.values import arguments_of, shape_of
 
 aten = torch.ops.aten

@@ -15,10 +15,10 @@ from torch import Tensor, fx
 
 from reptool.affine.operators import AvgPool, Conv, Identity, Pad, Scale
 from reptool.affine.tensors import by_group
-from reptool.graph.carriers import axis_after, axis_before, carried
-from reptool.graph.orders import index_of
-from reptool.graph.pointwise import is_channelwise, is_elementwise
-from reptool.graph.slides import operator_of
+from reptool.graph.rules.carriers import axis_after, axis_before, carried
+from reptool.graph.rules.orders import index_of
+from reptool.graph.rules.pointwise import is_channelwise, is_elementwise
+from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import EXACT, shape_of, sizes_of
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from reptool.affine.operators import Operator
     from reptool.graph.draft import Draft
-    from reptool.graph.orders import Index
     from reptool.graph.read import Reader
+    from reptool.graph.rules.orders import Index
 
 aten = torch.ops.aten
 

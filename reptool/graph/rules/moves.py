@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from reptool.graph.carriers import carried, computes_nothing, varying_after
 from reptool.graph.draft import is_tensor
+from reptool.graph.rules.carriers import carried, computes_nothing, varying_after
 from reptool.graph.values import arguments_of, example_size, shape_of, sizes_of
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import torch
 from torch import fx
 
 from reptool.affine.operators import Scale
-from reptool.graph.carriers import axis_before, carried
-from reptool.graph.concat import folds, sole_reader
 from reptool.graph.draft import is_tensor
-from reptool.graph.pointwise import commutes_with_gain, is_pool
-from reptool.graph.slides import operator_of, scale_on
+from reptool.graph.rules.carriers import axis_before, carried
+from reptool.graph.rules.concat import folds, sole_reader
+from reptool.graph.rules.pointwise import commutes_with_gain, is_pool
+from reptool.graph.rules.slides import operator_of, scale_on
 from reptool.graph.values import shape_of
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch import fx
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.cost import addition
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.edits import call
-from reptool.graph.slides import LAYERS, operator_of
+from reptool.graph.rules.edits import call
+from reptool.graph.rules.slides import LAYERS, operator_of
 from reptool.graph.values import arguments_of, shape_of, sizes_of
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch import fx
 from reptool.affine.form import compose, outline
 from reptool.affine.operators import Conv, Refusal, Scale
 from reptool.affine.pointwise import flatten_scale
-from reptool.graph.concat import folds, sole_reader
 from reptool.graph.draft import is_tensor
-from reptool.graph.slides import operator_of
+from reptool.graph.rules.concat import folds, sole_reader
+from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import SIZED, arguments_of, fixed, same_size, shape_of, sizes_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from reptool.graph.carriers import axis_after
+from reptool.graph.rules.carriers import axis_after
 from reptool.graph.values import SIZED, arguments_of, same_size, shape_of, sizes_of
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 
 from reptool.affine.form import Form, compose, outline
 from reptool.affine.operators import Conv, Identity, Refusal, Scale
-from reptool.graph.carriers import axis_before, carried, computes_nothing
 from reptool.graph.draft import is_tensor, readers
+from reptool.graph.rules.carriers import axis_before, carried, computes_nothing
 from reptool.graph.values import EXACT, OPERATOR, SIZED, shape_of, sizes_of
 
 if TYPE_CHECKING:

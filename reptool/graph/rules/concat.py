@@ -18,7 +18,7 @@ from reptool.affine.form import Term, compose, outline
 from reptool.affine.operators import Conv, ConvTranspose, Identity, Refusal, Scale
 from reptool.affine.pointwise import uniform
 from reptool.affine.tensors import plus
-from reptool.graph.slides import operator_of
+from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:

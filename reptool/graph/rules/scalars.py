@@ -14,10 +14,10 @@ from torch import fx
 
 from reptool.affine.form import Form, compose, outline
 from reptool.affine.operators import Conv, Operator, Refusal, Scale
-from reptool.graph.concat import sole_reader
 from reptool.graph.draft import is_tensor
-from reptool.graph.factors import factor_of, number_of
-from reptool.graph.slides import operator_of
+from reptool.graph.rules.concat import sole_reader
+from reptool.graph.rules.factors import factor_of, number_of
+from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:

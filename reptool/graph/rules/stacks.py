@@ -15,10 +15,10 @@ import torch
 from reptool.affine.form import compose, merge, outline, without_constant
 from reptool.affine.operators import Conv, Refusal, Scale
 from reptool.affine.parallel import stack_convs
-from reptool.graph.concat import parts_of, sole_reader
 from reptool.graph.cost import addition, concatenation
-from reptool.graph.pointwise import is_elementwise
-from reptool.graph.slides import operator_of
+from reptool.graph.rules.concat import parts_of, sole_reader
+from reptool.graph.rules.pointwise import is_elementwise
+from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import EXACT, shape_of, sizes_of
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import fx
 
 from reptool.affine.form import compose, outline
 from reptool.affine.operators import AvgPool, Conv, Refusal, Scale
-from reptool.graph.carriers import axis_after, carried
-from reptool.graph.slides import operator_of, scale_on
+from reptool.graph.rules.carriers import axis_after, carried
+from reptool.graph.rules.slides import operator_of, scale_on
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:

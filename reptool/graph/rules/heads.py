@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from reptool.affine.operators import Conv
-from reptool.graph.edits import call
-from reptool.graph.projections import gathered, projection, resized, work
-from reptool.graph.shifts import PRODUCTS
+from reptool.graph.rules.edits import call
+from reptool.graph.rules.projections import gathered, projection, resized, work
+from reptool.graph.rules.shifts import PRODUCTS
 from reptool.graph.values import EXACT, shape_of, sizes_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from reptool.graph.cost import Cost
     from reptool.graph.draft import Draft
-    from reptool.graph.projections import Layer, Projection
+    from reptool.graph.rules.projections import Layer, Projection
 
 aten = torch.ops.aten
 

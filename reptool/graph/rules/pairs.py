@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from reptool.affine.operators import Conv
-from reptool.graph.carriers import computes_nothing
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.edits import call
-from reptool.graph.moves import PARTINGS, at_example, numbered, numbers_along, run_move
-from reptool.graph.slides import channel_axis, operator_of
+from reptool.graph.rules.carriers import computes_nothing
+from reptool.graph.rules.edits import call
+from reptool.graph.rules.moves import PARTINGS, at_example, numbered, numbers_along, run_move
+from reptool.graph.rules.slides import channel_axis, operator_of
 from reptool.graph.values import EXACT, arguments_of, shape_of, sizes_of
 
 if TYPE_CHECKING:

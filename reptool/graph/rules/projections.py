@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from reptool.affine.form import compose, outline
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.moves import moved_from, run_moves
-from reptool.graph.slides import operator_of
+from reptool.graph.rules.moves import moved_from, run_moves
+from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import shape_of, sizes_of
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from torch import fx
 from reptool.affine.form import outline
 from reptool.affine.operators import Conv, Identity, Refusal, Scale
 from reptool.affine.window import conv_is_block_matrix, conv_is_matrix
-from reptool.graph.concat import sole_reader
 from reptool.graph.cost import addition
-from reptool.graph.flattening import features_of, flat_scale, reshaped, window_of
-from reptool.graph.slides import operator_of
-from reptool.graph.stacks import Branch, added, demand, insert
+from reptool.graph.rules.concat import sole_reader
+from reptool.graph.rules.flattening import features_of, flat_scale, reshaped, window_of
+from reptool.graph.rules.slides import operator_of
+from reptool.graph.rules.stacks import Branch, added, demand, insert
 from reptool.graph.values import arguments_of, sizes_of
 
 if TYPE_CHECKING:
