@@ -17,6 +17,7 @@ from reptool.proof.verdict import RegionProof
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 TOLERANCE = 1e-12
 """Largest relative error of an exact identity in float64: honest ones reach 3e-12 only 60 layers deep, 1e-15 in one."""
 
@@ -59,8 +60,8 @@ def stored_is_rounded(exact64: Tensor, stored: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor; zeros of different sign differ, and so would NaNs."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    """A tensor's entries as integers; zeros of different sign differ, and so would NaNs."""
+    return tensor.contiguous().reshape(-1).view(_INTEGERS.get(tensor.element_size(), torch.uint8))
 
 
 def _incomparable(expected: Tensor, got: Tensor) -> str:
