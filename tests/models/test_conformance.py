@@ -23,6 +23,9 @@ NAMES = [*list_models(), *list_models(blocks=True)]
 
 
 AGAIN = {
+    "fastvit_t8",
+    "mobileone_s0-without classifier",
+    "replknet_31b-no small kernel",
     "rest_lite_stem7",
     "bam_resnet50",
     "cbam_resnet50",
