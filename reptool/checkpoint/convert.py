@@ -266,12 +266,13 @@ def _structure(
 ) -> tuple[str, ...]:
     """What of the deploy form is not as its network has it, or was changed without being fused."""
     training = {new: tuple(before[old].shape) for new, old in found.renamed.items()}
-    wanted = deployed_shapes(training, places(training, found.family))
+    blocks = places(training, found.family)
+    wanted = deployed_shapes(training, blocks)
     given = {new: tuple(after[old].shape) for new, old in fused.renamed.items()}
     problems = [f"{k} is missing or of another shape" for k, s in wanted.items() if given.get(k) != s]
     problems += [f"{k} does not belong there" for k in given if k not in wanted]
     kept = [(k, before[found.renamed[k]], after[fused.renamed[k]]) for k in found.renamed if k in fused.renamed]
-    made = {k for place in places(training, found.family) for k in place.made}
+    made = {k for place in blocks for k in place.made}
     problems += [f"{k} was changed" for k, old, new in kept if k not in made and not torch.equal(old, new)]
     return tuple(problems)
 

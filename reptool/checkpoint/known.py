@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reptool.affine.operators import BatchNorm, Conv, Operator, Refusal, Scale
+from reptool.affine.operators import Conv, Operator, Refusal, Scale
 from reptool.checkpoint.recipe import Branch, Recipe
 from reptool.checkpoint.recipes import RECIPES, blocks
 
@@ -35,9 +35,9 @@ class Head(Branch):
         conv = block.conv(str(self.conv))
         if not isinstance(conv, Conv):
             return conv
-        norm = block.norm_of(str(self.norm), conv.in_channels)
-        if not isinstance(norm, BatchNorm):  # a Refusal is false, so that "or" would lose it
-            return Refusal(f"the norm {self.norm} is missing") if norm is None else norm
+        norm = block.needed_norm(str(self.norm), conv.in_channels)
+        if isinstance(norm, Refusal):
+            return norm
         if block.tensor(f"{self.other}.weight") is None:
             return [norm, conv]
         return [norm, conv, Scale(torch.full((conv.out_channels,), 0.5, dtype=torch.float64))]

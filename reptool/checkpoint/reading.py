@@ -84,6 +84,13 @@ class Reading:
         assert var is not None  # noqa: S101
         return double(BatchNorm(mean, var, weight, bias, self.eps))
 
+    def needed_norm(self, name: str, width: int | None = None) -> BatchNorm | Refusal:
+        """A norm of the block's outputs, or over ``width`` channels, that has to be there."""
+        found = self.norm(name) if width is None else self.norm_of(name, width)
+        return (
+            Refusal(f"the norm {name} is missing") if found is None else found
+        )  # "or" would lose a Refusal: it is false
+
     def vector(self, name: str, width: int, rows: slice) -> Tensor | Refusal | None:
         """A vector that a file holds with any number of axes of one entry."""
         found = self.tensor(name)

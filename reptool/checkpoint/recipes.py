@@ -183,7 +183,7 @@ def pieces(tensors: Mapping[str, Tensor], prefix: str, recipe: Recipe) -> Iterat
         yield slice(None)  # whoever reads it is refused
         return
     whole = len(main) // block.groups if block.groups > 1 else 1
-    image = 2 * _side(max(main.shape[2:], default=1)) ** 2
+    image = 2 * max(main.shape[2:], default=1) ** 2
     step = max(1, _PIECE // max(1, main[0].numel(), image) // whole) * whole
     step = len(main) if recipe.whole else recipe.together(step)
     for start in range(0, len(main), step):
@@ -226,14 +226,9 @@ def try_block(
     return FusedBlock(prefix, recipe, fused.kernel, fused.bias, proof)
 
 
-def _side(window: int) -> int:
-    """The least side of an image that shows every tap and every border of such a window."""
-    return window
-
-
 def _prove(name: str, paths: list[Sequence[Step]], last: BatchNorm | None, fused: Conv) -> RegionProof:
     """The branches as they were against the fused kernel, on two dense random images with every border."""
-    side = _side(max(fused.window))
+    side = max(fused.window)  # the least that shows every tap and every border of the window
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, fused.in_channels, side, side + 1, generator=generator, dtype=torch.float64)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reptool.affine.lower import norm_is_scale
-from reptool.affine.operators import AvgPool, BatchNorm, Conv, Operator, Pad, Refusal, double
+from reptool.affine.operators import AvgPool, Conv, Operator, Pad, Refusal, double
 from reptool.checkpoint.recipe import Branch, Recipe
 
 if TYPE_CHECKING:
@@ -78,13 +78,11 @@ class Sequence(Branch):
 
     def operators(self, block: Reading) -> list[Operator] | Refusal | None:
         """Both convolutions, with the border between them."""
-        kernel, then, norm = self._start(block), block.conv(str(self.conv)), block.norm(str(self.norm))
+        kernel, then, norm = self._start(block), block.conv(str(self.conv)), block.needed_norm(str(self.norm))
         if kernel is None or then is None:
             return None if kernel is None and then is None else Refusal(f"{self.conv} or what is before it is missing")
         if isinstance(then, Refusal) or isinstance(norm, Refusal):
             return then if isinstance(then, Refusal) else norm  # type: ignore[return-value]
-        if norm is None:
-            return Refusal(f"the norm {self.norm} is missing")
         if kernel.dim() != 4 or kernel.shape[2:].numel() != 1 or then.kernel.shape[2:] != block.main.shape[2:]:
             return Refusal(f"{self.conv} and what is before it are no pointwise convolution and one like the main one")
         start = double(Conv(kernel, None, (1, 1), ((0, 0), (0, 0)), (1, 1), block.groups))
@@ -103,9 +101,9 @@ class Sequence(Branch):
 
 def _padded(block: Reading, conv: Conv, name: str) -> list[Operator] | Refusal:
     """A convolution, its norm, and a border of what the norm makes of zero."""
-    norm = block.norm_of(name, conv.out_channels)
-    if not isinstance(norm, BatchNorm):
-        return norm if isinstance(norm, Refusal) else Refusal(f"the norm {name} is missing")
+    norm = block.needed_norm(name, conv.out_channels)
+    if isinstance(norm, Refusal):
+        return norm
     if conv.bias is not None:
         return Refusal(f"the convolution before {name} has a bias, which the border behind it does not")
     scale = norm_is_scale(norm)

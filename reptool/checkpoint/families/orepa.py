@@ -80,9 +80,9 @@ class Row(Branch):
         path.append(double(Scale(gains[self.row, block.rows])))
         if self.norm is None:
             return path
-        norm = block.norm(self.norm)
-        if norm is None or isinstance(norm, Refusal):  # a Refusal is false, so that "or" would lose it
-            return Refusal(f"the norm {self.norm} is missing") if norm is None else norm
+        norm = block.needed_norm(self.norm)
+        if isinstance(norm, Refusal):
+            return norm
         return [*path, without_constant(norm) if self.row else norm]
 
 

@@ -44,9 +44,9 @@ class Large(Branch):
                 return Refusal(f"{layer} reads {made.in_channels} channels and not {convs[-1].out_channels}")
             convs.append(replace(made, kernel=made.kernel.flip(2, 3), padding=((0, 0), (0, 0))) if convs else made)
         border = tuple((sum(side) // 2,) * 2 for side in zip(*([k - 1 for k in c.window] for c in convs), strict=True))
-        norm = block.norm(str(self.norm))
-        if norm is None or isinstance(norm, Refusal):  # a Refusal is false, so that "or" would lose it
-            return Refusal(f"the norm {self.norm} is missing") if norm is None else norm
+        norm = block.needed_norm(str(self.norm))
+        if isinstance(norm, Refusal):
+            return norm
         return [replace(convs[0], padding=border), *convs[1:], norm]
 
     def _layer(self, block: Reading, prefix: str) -> Conv | Refusal:

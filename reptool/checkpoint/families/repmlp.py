@@ -65,9 +65,9 @@ class Shared(OverWindow):
         maps, matrix = self.maps(block), block.conv(str(self.conv))
         if isinstance(maps, Refusal) or matrix is None or isinstance(matrix, Refusal):
             return maps if isinstance(maps, Refusal) else matrix  # type: ignore[return-value]
-        norm = block.norm_of(str(self.norm), maps)
-        if norm is None or isinstance(norm, Refusal):
-            return Refusal(f"the norm {self.norm} is missing") if norm is None else norm
+        norm = block.needed_norm(str(self.norm), maps)
+        if isinstance(norm, Refusal):
+            return norm
         return [matrix, Flattened(norm, self.window, block.rows)]
 
 
