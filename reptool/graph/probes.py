@@ -82,7 +82,7 @@ def _small(region: Between, shapes: list[Shape], module: nn.Module) -> list[tupl
             return chosen.setdefault(given.node.expr, (side if axis > 1 and rank > 2 else 2) + len(chosen))
         if not free or axis == channel % rank:
             return int(given)
-        return side + max(axis - 2, 0) if axis > 1 or channel < 0 < axis else 2 if axis == 0 else int(given)
+        return side + max(axis - 2, 0) if axis else 2
 
     return [tuple(size(axis, s, len(shape)) for axis, s in enumerate(shape)) for shape in shapes]
 
