@@ -84,7 +84,7 @@ def fuse(
     module = work.emitted.module
     module.meta["fusion"] = FusionReport(
         regions,
-        _kept_apart(work.plan),
+        (*dict.fromkeys(work.draft.kept_apart), *_kept_apart(work.plan)),
         leftovers(work.plan),
         _opaque(work.plan),
         seconds,

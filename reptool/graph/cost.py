@@ -56,3 +56,11 @@ def concatenation(shape: tuple[int, ...]) -> float:
     Units:    microseconds
     """
     return 2 * _ITEM * prod(shape) / _BYTES + _LAUNCH
+
+
+def rise(estimates: tuple[float, float], work: tuple[float, float]) -> str:
+    """Why a merge does not pay: the multiply-accumulates apart and merged, or the estimates if those do not rise."""
+    apart, merged = (f"{macs / 1e6:.3g}" for macs in work)
+    if work[1] > work[0] and apart != merged:
+        return f"merging would raise {apart} to {merged} MMAC"
+    return f"merging would raise the estimate from {estimates[0]:.3g} to {estimates[1]:.3g} us"

@@ -8,13 +8,14 @@ equal, and knows no rule.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from reptool.affine.operators import Conv, Operator
+from reptool.graph.naming import module_path
 from reptool.graph.read import Reader
 from reptool.graph.values import OPERATOR
 
@@ -31,12 +32,16 @@ def apply(_: Any, /) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """The captured graph, a copy of it to edit, and the account of which nodes are equal."""
+    """The captured graph, a copy of it to edit, and the account of which nodes are equal.
+
+    ``kept_apart`` are the places, by module path, where a rule could have acted and it would not have paid; and why.
+    """
 
     original: Captured
     captured: Captured
     origin: dict[fx.Node, fx.Node]
     reader: Reader
+    kept_apart: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -66,6 +71,11 @@ class Draft:
         if not old.users:
             self.graph.erase_node(old)
             self.origin.pop(old, None)
+
+    def keep_apart(self, nodes: Sequence[fx.Node], why: str) -> None:
+        """Note why nodes were left as they are, though a rule could have rewritten them."""
+        paths = dict.fromkeys(module_path(node) or "(root)" for node in nodes)
+        self.kept_apart.append((" -> ".join(paths), why))
 
     def prune(self, nodes: Sequence[fx.Node]) -> None:
         """Erase nodes that nobody reads any more, and what only they read."""

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional as F
 
-from reptool.affine.operators import Conv, ConvTranspose, Identity, Scale
+from reptool.affine.operators import Conv, ConvTranspose, Scale
 from reptool.affine.pointwise import uniform
 from reptool.graph.layers import exact_weights, has_even_border, layer_of, rounded_weights
 from reptool.graph.leftovers import is_learned
@@ -262,8 +262,7 @@ def _is_identity(value: Value) -> bool:
 
     A copy stays: a view may need the order in memory that it makes.
     """
-    alone = len(value.form.terms) == 1 and isinstance(value.form.terms[0].operator, Identity)
-    return alone and value.node.target not in _COPIES
+    return value.is_identity and value.node.target not in _COPIES
 
 
 def _acts(node: fx.Node) -> bool:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from reptool.affine.form import Form, Term, collect, outline, substitute
-from reptool.affine.operators import Operator, Pad, Refusal
-from reptool.graph.cost import Cost, addition, macs
+from reptool.affine.operators import Identity, Operator, Pad, Refusal
+from reptool.graph.cost import Cost, addition, macs, rise
 from reptool.graph.values import OPERATOR, sizes_of
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class Value:
     def rewritten(self) -> bool:
         """Whether anything was merged into it, or a rule made it."""
         return len(self.sources) > 1 or OPERATOR in self.node.meta
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it is another value, such as dropout's in evaluation."""
+        return len(self.form.terms) == 1 and isinstance(self.form.terms[0].operator, Identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,14 +146,11 @@ class _Rewriter:
         if not _is_worth(before, after):
             alone = self._macs(inner.form, sizes_of(inner.node))
             apart, together = alone + self._macs(value.form, shape), alone * shared + self._macs(trial, shape)
-            value.kept_apart[inner.node] = (
-                f"merging would raise {apart / 1e6:.3g} to {together / 1e6:.3g} MMAC"
-                if together > apart
-                else f"merging would raise the estimate from {before:.3g} to {after:.3g} us"
-            )
+            value.kept_apart[inner.node] = rise((before, after), (apart, together))
             return False
         value.kept_apart.pop(inner.node, None)
-        value.sources |= inner.sources
+        if not inner.is_identity:  # to read through it changes nothing: a layer then keeps its weights, bit for bit
+            value.sources |= inner.sources
         value.steps += (Step(inner.node, inner.steps),)
         self._swap(value, trial)
         return True

@@ -59,32 +59,80 @@ def _hints(size: Any) -> dict[Any, Any]:
 def choices(region: Between, module: nn.Module) -> list[tuple[Sizes, list[tuple[int, ...]]]]:
     """Sizes to try in turn, with the shapes of the entries: small ones if the region lets its sizes be chosen."""
     shapes = [shape_of(before) for before, _ in region.entries]
-    batches = {s[0].node.expr: 2 for s in shapes if s and hasattr(s[0], "node") and s[0].node.expr.is_Symbol}
-    small = _small(region, shapes, module)
-    tries = [] if small is None else [(Sizes(), small)]
-    known = (Sizes(batches), Sizes())
-    return [*tries, *((sizes, [tuple(int(sizes(s)) for s in shape) for shape in shapes]) for sizes in known)]
+    side = max(sum(_extent(n, module) for n in region.after) or 3, 2)
+    free = _channel_axis(region, module) if _is_free(region) else None
+    several = len(shapes) > 1
+    tries = [] if several or _reads_sizes(region) else [(Sizes(), _small(region, shapes[0], module, side))]
+    for sizes in (*([_scaled(shapes, side)] if several else []), Sizes(_batches(shapes)), Sizes()):
+        known = [tuple(int(sizes(s)) for s in shape) for shape in shapes]
+        fewer = _fewer(known, free, side) if several and free is not None else known
+        tries += [(sizes, fewer), (sizes, known)] if fewer != known else [(sizes, known)]
+    return tries
 
 
-def _small(region: Between, shapes: list[Shape], module: nn.Module) -> list[tuple[int, ...]] | None:
-    """Small shapes, the same number for the same size; None where a node of the region reads a size as a number."""
-    nodes = (*region.before, *region.after)
-    if any(isinstance(a.meta.get("val"), torch.SymInt) for n in nodes for a in n.all_input_nodes):
-        return None
-    side = sum(_extent(n, module) for n in region.after) or 3
-    named = {_name(n) for n in nodes}
-    channel = -1 if named & _LAST or _is_linear(region, module) else 1
-    free = len(shapes) == 1 and not named & _FIXED
+def _batches(shapes: list[Shape]) -> dict[Any, int]:
+    """Two examples, where their number is open."""
+    return {s[0].node.expr: 2 for s in shapes if s and hasattr(s[0], "node") and s[0].node.expr.is_Symbol}
+
+
+def _is_free(region: Between) -> bool:
+    """Whether no operator of a region names a size."""
+    return not {_name(n) for n in (*region.before, *region.after)} & _FIXED
+
+
+def _reads_sizes(region: Between) -> bool:
+    """Whether a node of a region reads a size as a number."""
+    read = (a for n in (*region.before, *region.after) for a in n.all_input_nodes)
+    return any(isinstance(a.meta.get("val"), torch.SymInt) for a in read)
+
+
+def _channel_axis(region: Between, module: nn.Module) -> int:
+    """The axis that keeps its size: the last where an operator reads that, else that of a convolution."""
+    named = {_name(n) for n in (*region.before, *region.after)}
+    return -1 if named & _LAST or _is_linear(region, module) else 1
+
+
+def _small(region: Between, shape: Shape, module: nn.Module, side: int) -> list[tuple[int, ...]]:
+    """A small shape of the one entry, the same number for the same size."""
+    channel, free, rank = _channel_axis(region, module), _is_free(region), len(shape)
     chosen: dict[Any, int] = {}
 
-    def size(axis: int, given: Any, rank: int) -> int:
+    def size(axis: int, given: Any) -> int:
         if hasattr(given, "node"):
             return chosen.setdefault(given.node.expr, (side if axis > 1 and rank > 2 else 2) + len(chosen))
         if not free or axis == channel % rank:
             return int(given)
         return side + max(axis - 2, 0) if axis else 2
 
-    return [tuple(size(axis, s, len(shape)) for axis, s in enumerate(shape)) for shape in shapes]
+    return [tuple(size(axis, s) for axis, s in enumerate(shape))]
+
+
+def _scaled(shapes: list[Shape], side: int) -> Sizes:
+    """Numbers for the symbols of several entries at which each size that has them is at least a side, or as it was.
+
+    What a stride or a pool makes of a size follows from it.
+    """
+    chosen: dict[Any, int] = _batches(shapes)
+    found = [s for shape in shapes for s in shape if hasattr(s, "node")]
+    for symbol, hint in {k: v for s in found for k, v in _hints(s).items() if k not in chosen}.items():
+        smallest = min(s.node.hint for s in found if symbol in s.node.expr.free_symbols)
+        chosen[symbol] = min(int(hint), -(-side * int(hint) // max(int(smallest), 1)) + len(chosen))
+    return Sizes(chosen)
+
+
+def _fewer(shapes: list[tuple[int, ...]], channel: int, side: int) -> list[tuple[int, ...]]:
+    """Smaller shapes of several entries, in the same proportions; as they are where there are none."""
+    rank = len(shapes[0])
+    if rank < 3 or any(len(s) != rank for s in shapes):
+        return shapes
+    smaller = list(zip(*shapes, strict=True))
+    for axis in set(range(1, rank)) - {channel % rank}:
+        least = min((s for s in smaller[axis] if s > 1), default=1)
+        if any(s > 1 and s % least for s in smaller[axis]):
+            return shapes
+        new = min(side + axis - 1, least)
+        smaller[axis] = tuple(s // least * new if s > 1 else 1 for s in smaller[axis])
+    return list(zip(*smaller, strict=True))
 
 
 def _is_linear(region: Between, module: nn.Module) -> bool:
@@ -104,7 +152,7 @@ def _extent(node: fx.Node, module: nn.Module) -> int:
     layer = module.get_submodule(str(node.target))
     if isinstance(layer, _CONVS):
         geometry: list[Any] = [layer.kernel_size, layer.dilation, layer.stride]
-        return max(int(d * (k - 1) + 1 + s) for k, d, s in zip(*geometry, strict=True))
+        return max(2, *(int(d * (k - 1) + (s if s > 1 else 0) + 1) for k, d, s in zip(*geometry, strict=True)))
     if isinstance(layer, _TRANSPOSED):
         cut: list[Any] = [layer.padding, layer.stride]
         return max(int(3 + 2 * (p // s + 1)) for p, s in zip(*cut, strict=True))

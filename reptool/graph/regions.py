@@ -160,10 +160,13 @@ class Runner:
     module: nn.Module
 
     def held(self, region: Between) -> list[tuple[Tensor, Tensor]] | None:
-        """What one captured operator reads, beside what the one layer of the region holds; None if it is not one layer."""
-        if len(region.before) != 1 or len(region.after) != 1 or not region.layers:
+        """What the captured side reads, beside what the one layer of the region holds; None if it is not one layer.
+
+        Dropout in front of a layer reads nothing.
+        """
+        if len(region.after) != 1 or not region.layers:
             return None
-        read = [t for n in region.before[0].all_input_nodes if (t := self.weights.tensor(n)) is not None]
+        read = [t for n in region.before for u in n.all_input_nodes if (t := self.weights.tensor(u)) is not None]
         own = list(self.module.get_submodule(region.layers[0]).parameters())
         return list(zip(read, own, strict=True)) if len(read) == len(own) else None
 

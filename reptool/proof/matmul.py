@@ -46,7 +46,7 @@ class BatchedConvolutions(TorchFunctionMode):
 def _suits(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:  # noqa: A002, ARG001  # torch's names
     """Whether a call is a float64 convolution of a batch, with few output pixels."""
     plain = all(isinstance(v, tuple | list) and len(v) == 2 for v in (stride, padding, dilation))
-    if not plain or input.dim() != 4 or input.dtype != torch.float64 or (groups == 1 and weight.shape[2:].numel() == 1):
+    if not plain or input.dim() != 4 or input.dtype != torch.float64:
         return False
     height, width = _output_size(input, weight, stride, padding, dilation)
     return height > 0 < width and height * width <= (_FEW if groups == 1 else _FEW_GROUPED)

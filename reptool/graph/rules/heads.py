@@ -15,6 +15,7 @@ from reptool.affine.operators import Conv
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.projections import gathered, projection, resized, work
 from reptool.graph.rules.shifts import PRODUCTS
+from reptool.graph.rules.worth import pays
 from reptool.graph.values import EXACT, shape_of, sizes_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from reptool.graph.cost import Cost
     from reptool.graph.draft import Draft
     from reptool.graph.rules.projections import Layer, Projection
+    from reptool.graph.rules.worth import Prices
 
 aten = torch.ops.aten
 
@@ -49,11 +51,14 @@ def _merge_logits(draft: Draft, product: fx.Node, cost: Cost) -> None:
         return
     heads, depth = keys.channels.shape
     many, few = sizes_of(queries.tokens)[:2], sizes_of(keys.tokens)[:2]
-    before = work(cost, many, queries.width, heads * depth) + work(cost, few, keys.width, heads * depth)
-    before += work(cost, (many[0], heads * many[1]), depth, few[1])
-    after = work(cost, many, queries.width, heads * keys.width)
-    after += work(cost, (many[0], heads * many[1]), keys.width, few[1])
-    if depth < keys.width or after > before:
+
+    def prices(cost: Cost) -> tuple[float, float]:
+        before = work(cost, many, queries.width, heads * depth) + work(cost, few, keys.width, heads * depth)
+        before += work(cost, (many[0], heads * many[1]), depth, few[1])
+        after = work(cost, many, queries.width, heads * keys.width)
+        return before, after + work(cost, (many[0], heads * many[1]), keys.width, few[1])
+
+    if not _pays(draft, cost, prices, keys, (queries.layer.node, keys.layer.node)):
         return
     made = draft.insert(resized(queries.layer.outline, heads * keys.width), queries.tokens, like=product)
     made.meta[EXACT] = lambda: _query_layer(queries, keys)
@@ -63,6 +68,15 @@ def _merge_logits(draft: Draft, product: fx.Node, cost: Cost) -> None:
     logits = call(draft, product, aten.matmul.default, rows, columns)
     split = call(draft, product, aten.unflatten.int, logits, 1, [-1, heads])
     draft.supersede(product, call(draft, product, aten.transpose.int, split, 1, 2))
+
+
+def _pays(draft: Draft, cost: Cost, prices: Prices, heads: Projection, nodes: tuple[fx.Node, fx.Node]) -> bool:
+    """Whether heads are as wide as what they are made of, and the estimate does not rise."""
+    depth = heads.channels.shape[1]
+    if depth < heads.width:
+        draft.keep_apart(nodes, f"heads of {depth} channels are narrower than the {heads.width} they are made of")
+        return False
+    return pays(draft, cost, prices, nodes)
 
 
 def _query_layer(queries: Projection, keys: Projection) -> Conv:
@@ -84,23 +98,26 @@ def _merge_result(draft: Draft, product: fx.Node, cost: Cost) -> None:
     values, found = projection(draft, product.args[1], -2), gathered(draft, product)
     if values is None or found is None or values.layer.outline.bias is not None:
         return
-    end, result, places = found
+    result, places = found
     heads, depth = values.channels.shape
     few, many, out = sizes_of(values.tokens)[:2], sizes_of(result.value)[:2], result.outline.out_channels
-    before = work(cost, few, values.width, heads * depth) + work(cost, many, heads * depth, out)
-    before += work(cost, (many[0], heads * many[1]), few[1], depth)
-    after = work(cost, many, heads * values.width, out)
-    after += work(cost, (many[0], heads * many[1]), few[1], values.width)
-    if depth < values.width or after > before:
+
+    def prices(cost: Cost) -> tuple[float, float]:
+        before = work(cost, few, values.width, heads * depth) + work(cost, many, heads * depth, out)
+        before += work(cost, (many[0], heads * many[1]), few[1], depth)
+        after = work(cost, many, heads * values.width, out)
+        return before, after + work(cost, (many[0], heads * many[1]), few[1], values.width)
+
+    if not _pays(draft, cost, prices, values, (values.layer.node, result.node)):
         return
     turned = call(draft, product, aten.transpose.int, product.args[0], 1, 2)
     rows = call(draft, product, aten.flatten.using_ints, turned, 1, 2)
     averages = call(draft, product, aten.matmul.default, rows, values.tokens)
     split = call(draft, product, aten.unflatten.int, averages, 1, [-1, heads])
     joined = call(draft, product, aten.flatten.using_ints, split, 2, 3)
-    made = draft.insert(resized(result.outline, out, heads * values.width), joined, like=end)
+    made = draft.insert(resized(result.outline, out, heads * values.width), joined, like=result.node)
     made.meta[EXACT] = lambda: _result_layer(values, result, places)
-    draft.supersede(end, made)
+    draft.supersede(result.node, made)
 
 
 def _result_layer(values: Projection, result: Layer, places: Tensor) -> Conv:

@@ -19,6 +19,7 @@ from reptool.graph.draft import is_tensor
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.projections import gathered, projection, resized, work
 from reptool.graph.rules.slides import operator_of
+from reptool.graph.rules.worth import pays
 from reptool.graph.values import EXACT, shape_of, sizes_of
 
 if TYPE_CHECKING:
@@ -71,8 +72,12 @@ def _merge_before(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cos
         return False
     heads, depth = found.channels.shape
     rows, memory = sizes_of(found.tokens)[:2], shared.out_channels
-    before = work(cost, rows, found.width, heads * depth) + work(cost, (rows[0], heads * rows[1]), depth, memory)
-    if work(cost, rows, found.width, heads * memory) > before:
+
+    def prices(cost: Cost) -> tuple[float, float]:
+        before = work(cost, rows, found.width, heads * depth) + work(cost, (rows[0], heads * rows[1]), depth, memory)
+        return before, work(cost, rows, found.width, heads * memory)
+
+    if not pays(draft, cost, prices, (found.layer.node, node)):
         return False
     later = draft.reader.later(node)
     made = draft.insert(resized(_biased(found.layer.outline, shared), heads * memory), found.tokens, like=node)
@@ -103,19 +108,23 @@ def _merge_behind(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cos
     found = gathered(draft, node)
     if found is None:
         return False
-    end, result, places = found
+    result, places = found
     heads, depth = places.shape
     batch, _, many, memory = sizes_of(value)
     out = result.outline.out_channels
-    before = work(cost, (batch, heads * many), memory, depth) + work(cost, (batch, many), heads * depth, out)
-    if work(cost, (batch, many), heads * memory, out) > before:
+
+    def prices(cost: Cost) -> tuple[float, float]:
+        before = work(cost, (batch, heads * many), memory, depth) + work(cost, (batch, many), heads * depth, out)
+        return before, work(cost, (batch, many), heads * memory, out)
+
+    if not pays(draft, cost, prices, (node, result.node)):
         return False
     later = draft.reader.later(node)
     turned = call(draft, node, aten.transpose.int, value, 1, 2)
     joined = call(draft, node, aten.flatten.using_ints, turned, 2, 3)
-    made = draft.insert(resized(_biased(result.outline, shared), out, heads * memory), joined, like=end)
+    made = draft.insert(resized(_biased(result.outline, shared), out, heads * memory), joined, like=result.node)
     made.meta[EXACT] = lambda: _behind(result, places, later)
-    draft.supersede(end, made)
+    draft.supersede(result.node, made)
     return True
 
 

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A linear layer, perhaps with scales around it, over the last axis of ``value``: its outline and its weights."""
+    """A linear layer, perhaps with scales around it, over the last axis of ``value``: its outline and its weights.
 
+    ``node`` is where it ends.
+    """
+
+    node: fx.Node
     value: fx.Node
     outline: Conv
     exact: Callable[[], Conv]
@@ -87,16 +91,16 @@ def _layer(draft: Draft, node: fx.Node) -> Layer | None:
         return None
     later = draft.reader.later(node)
     if isinstance(read[1], Conv) and read[1].rank == 0:
-        return Layer(read[0], outline(read[1]), later)  # type: ignore[arg-type]  # of a Conv
+        return Layer(node, read[0], outline(read[1]), later)  # type: ignore[arg-type]  # of a Conv
     inner = _layer(draft, read[0]) if isinstance(read[1], Scale) else None
     merged = None if inner is None else compose(inner.outline, outline(read[1]))
     if inner is None or not isinstance(merged, Conv):
         return None
-    return Layer(inner.value, merged, lambda: compose(inner.exact(), later()))  # type: ignore[arg-type, return-value]
+    return Layer(node, inner.value, merged, lambda: compose(inner.exact(), later()))  # type: ignore[arg-type, return-value]
 
 
-def gathered(draft: Draft, product: fx.Node) -> tuple[fx.Node, Layer, Tensor] | None:
-    """The layer that reads all heads (b, h, n, d) as channels, where it ends, and its channel for each head and place."""
+def gathered(draft: Draft, product: fx.Node) -> tuple[Layer, Tensor] | None:
+    """The layer that reads all heads (b, h, n, d) as channels, and its channel for each head and place."""
     moves: list[fx.Node] = []
     node = product
     while len(readers(node)) == 1 and moved_from(readers(node)[0]) is node:
@@ -113,20 +117,20 @@ def gathered(draft: Draft, product: fx.Node) -> tuple[fx.Node, Layer, Tensor] | 
     inside = bool((head < heads).all()) and bool((place < depth).all())
     if not inside or not torch.equal(places, wanted[:, head, :, place].permute(1, 2, 0)):
         return None
-    return *read, torch.empty(heads, depth, dtype=torch.long).index_put((head, place), torch.arange(heads * depth))
+    return read, torch.empty(heads, depth, dtype=torch.long).index_put((head, place), torch.arange(heads * depth))
 
 
-def _reading(draft: Draft, value: fx.Node) -> tuple[fx.Node, Layer] | None:
-    """Where the linear layer ends that alone reads a value, and that layer, with the scales in front of it."""
+def _reading(draft: Draft, value: fx.Node) -> Layer | None:
+    """The linear layer that alone reads a value, with the scales in front of it."""
     users = readers(value)
     read = operator_of(draft.reader, users[0]) if len(users) == 1 else None
     if read is None or read[0] is not value:
         return None
     later = draft.reader.later(users[0])
     if isinstance(read[1], Conv) and read[1].rank == 0:
-        return users[0], Layer(value, outline(read[1]), later)  # type: ignore[arg-type]  # of a Conv
+        return Layer(users[0], value, outline(read[1]), later)  # type: ignore[arg-type]  # of a Conv
     behind = _reading(draft, users[0]) if isinstance(read[1], Scale) else None
-    merged = None if behind is None else compose(outline(read[1]), behind[1].outline)
+    merged = None if behind is None else compose(outline(read[1]), behind.outline)
     if behind is None or not isinstance(merged, Conv):
         return None
-    return behind[0], Layer(value, merged, lambda: compose(later(), behind[1].exact()))  # type: ignore[arg-type, return-value]
+    return Layer(behind.node, value, merged, lambda: compose(later(), behind.exact()))  # type: ignore[arg-type, return-value]

@@ -16,6 +16,7 @@ from reptool.affine.form import Form, compose, outline
 from reptool.affine.operators import Conv, Identity, Refusal, Scale
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.carriers import axis_before, carried, computes_nothing
+from reptool.graph.rules.worth import pays
 from reptool.graph.values import EXACT, OPERATOR, SIZED, shape_of, sizes_of
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _slide_back(draft: Draft, node: fx.Node, cost: Cost) -> fx.Node | None:
         return None
     axes = _axes_through(operator, value, passed)
     moved = _moved(operator, axes, source)
-    if moved is None or not _pays(before, source, moved, cost):
+    if moved is None or not _pays(draft, before, (node, source), moved, cost):
         return None
     inner, later = draft.insert(moved, source, like=node), reader.later(node)
     inner.meta[EXACT] = lambda: _moved(later(), axes, source)
@@ -168,9 +169,11 @@ def _uniform(operator: Operator, source: fx.Node) -> Operator | None:
     return Scale(operator.gain[:1].expand(sizes_of(source)[axis]).clone(), None, axis)
 
 
-def _pays(before: tuple[fx.Node, Operator], source: fx.Node, moved: Operator, cost: Cost) -> bool:
+def _pays(
+    draft: Draft, before: tuple[fx.Node, Operator], ends: tuple[fx.Node, fx.Node], moved: Operator, cost: Cost
+) -> bool:
     """Whether the convolution can take the operator, at no higher an estimate than the two apart."""
-    atom, conv = before
+    (atom, conv), (node, source) = before, ends
     merged = compose(outline(conv), outline(moved))
     if isinstance(merged, Refusal):
         return False
@@ -181,8 +184,11 @@ def _pays(before: tuple[fx.Node, Operator], source: fx.Node, moved: Operator, co
     entry, middle, after = (sizes_of(n) for n in (atom, source, source))
     result = list(after)
     result[1 if isinstance(moved, Conv) and moved.rank else -1] = moved.out_channels  # type: ignore[union-attr]
-    apart = cost(conv, entry, middle) + cost(moved, middle, tuple(result))
-    return cost(merged, entry, tuple(result)) <= apart
+
+    def prices(cost: Cost) -> tuple[float, float]:
+        return cost(conv, entry, middle) + cost(moved, middle, tuple(result)), cost(merged, entry, tuple(result))
+
+    return pays(draft, cost, prices, (source, node))
 
 
 def _works_at_any_width(carrier: fx.Node) -> bool:

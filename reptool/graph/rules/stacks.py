@@ -19,10 +19,11 @@ from reptool.graph.cost import addition, concatenation
 from reptool.graph.rules.concat import parts_of, sole_reader
 from reptool.graph.rules.pointwise import is_elementwise
 from reptool.graph.rules.slides import operator_of
+from reptool.graph.rules.worth import pays
 from reptool.graph.values import EXACT, shape_of, sizes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import fx
 
@@ -100,7 +101,7 @@ def _stack(draft: Draft, node: fx.Node, cost: Cost) -> None:
         return
     parts, axis = joined
     found = [_candidate(draft.reader, part, node, axis) for part in parts]
-    runs = _runs(found, axis, cost)
+    runs = _runs(draft, parts, found, axis, cost)
     if len(runs) == len(parts):
         return
     new: list[fx.Node] = []
@@ -127,7 +128,11 @@ def _candidate(reader: Reader, part: fx.Node, node: fx.Node, axis: int) -> tuple
 
 
 def _runs(
-    found: list[tuple[Branch, fx.Node | None] | None], axis: int, cost: Cost
+    draft: Draft,
+    parts: Sequence[fx.Node],
+    found: list[tuple[Branch, fx.Node | None] | None],
+    axis: int,
+    cost: Cost,
 ) -> list[tuple[list[int], Branch | None]]:
     """Neighbours that are worth being one, and that one."""
     runs: list[tuple[list[int], Branch | None]] = []
@@ -138,11 +143,18 @@ def _runs(
             last = found[before[0][-1]]
             alike = last is not None and _alike(last[1], candidate[1])
             both = _stacked(before[1], branch, axis) if alike else None
-            if both is not None and both.price(cost) <= before[1].price(cost) + branch.price(cost):
+            if both is not None and _is_cheaper(
+                draft, (before[1], branch), both, (parts[before[0][-1]], parts[place]), cost
+            ):
                 runs[-1] = ([*before[0], place], both)
                 continue
         runs.append(([place], branch))
     return runs
+
+
+def _is_cheaper(draft: Draft, apart: Sequence[Branch], whole: Branch, nodes: Sequence[fx.Node], cost: Cost) -> bool:
+    """Whether branches cost no less than the one they could be."""
+    return pays(draft, cost, lambda cost: (sum(b.price(cost) for b in apart), whole.price(cost)), nodes)
 
 
 def _alike(one: fx.Node | None, other: fx.Node | None) -> bool:

@@ -15,6 +15,7 @@ from reptool.graph.cost import addition
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.slides import LAYERS, operator_of
+from reptool.graph.rules.worth import pays
 from reptool.graph.values import arguments_of, shape_of, sizes_of
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def _pays(draft: Draft, alike: Sequence[fx.Node], cost: Cost) -> bool:
     read = operator_of(draft.reader, alike[0])
     if read is None or not isinstance(read[1], Conv):
         return False
-    before, after = sizes_of(read[0]), sizes_of(alike[0])
-    return addition(before) <= addition(after) + cost(read[1], before, after)
+    layer, before, after = read[1], sizes_of(read[0]), sizes_of(alike[0])
+    return pays(draft, cost, lambda cost: (addition(after) + cost(layer, before, after), addition(before)), alike)
 
 
 def _sum(draft: Draft, before: fx.Node, values: list[Any]) -> fx.Node:

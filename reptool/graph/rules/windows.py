@@ -21,6 +21,7 @@ from reptool.graph.rules.concat import sole_reader
 from reptool.graph.rules.flattening import features_of, flat_scale, reshaped, window_of
 from reptool.graph.rules.slides import operator_of
 from reptool.graph.rules.stacks import Branch, added, demand, insert
+from reptool.graph.rules.worth import pays
 from reptool.graph.values import arguments_of, sizes_of
 
 if TYPE_CHECKING:
@@ -57,13 +58,17 @@ def _add_windows(draft: Draft, node: fx.Node, cost: Cost) -> None:
         return
     home = flat[0]
     parts = [_as_matrix(leaf, home) for leaf in leaves]
-    total, price = parts[0], 0.0
-    for part, leaf in zip(parts, leaves, strict=True):
-        if total is None or part is None:
-            return
-        total = part if part is parts[0] else added(total, part)
-        price += leaf.branch.price(cost) + addition(sizes_of(node))
-    if total is None or total.price(cost) > price:
+    total = parts[0]
+    for part in parts[1:]:
+        total = None if total is None or part is None else added(total, part)
+    if total is None:
+        return
+    whole = total
+
+    def prices(cost: Cost) -> tuple[float, float]:
+        return sum(leaf.branch.price(cost) + addition(sizes_of(node)) for leaf in leaves), whole.price(cost)
+
+    if not pays(draft, cost, prices, [leaf.conv for leaf in leaves]):
         return
     made = insert(draft, total, like=home.conv)
     for shape in reversed(home.shapes):
