@@ -23,17 +23,17 @@ from reptool.graph.leftovers import leftovers
 from reptool.graph.naming import module_path
 from reptool.graph.normalise import normalise
 from reptool.graph.outputs import Outputs, select_outputs
-from reptool.graph.probes import choices, draw
+from reptool.graph.probes import choices, draws
 from reptool.graph.regions import Regions, Runner, as_stored
 from reptool.graph.revise import revise
 from reptool.graph.structure import describe, first_difference, structure_problems
 from reptool.parts import fuse_parts
-from reptool.proof.region import prove_region, stored_is_rounded
+from reptool.proof.region import NOT_FINITE, prove_region, stored_is_rounded
 from reptool.proof.verdict import RegionProof, Verdict
 from reptool.report.fusion import FusionReport, Region
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from reptool.graph.capture import Captured
     from reptool.graph.draft import Draft
@@ -169,7 +169,7 @@ def _described(region: Between, proof: RegionProof, written: nn.Module) -> Regio
 
 def _proof(region: Between, cutter: Regions, emitted: Emitted, module: nn.Module) -> RegionProof:
     """Prove one region; what stayed as it was, bit for bit, and anything else in float64."""
-    runner = Runner(cutter.weights, module)
+    runner = Runner(cutter.weights, module, cutter.pairs)
     if not region.rewritten and _is_the_same(region, runner, emitted.module):
         return RegionProof(region.name, 0.0, passed=True)
     exact = {path: emitted.exact(path) for path in region.layers if path in emitted.new}
@@ -187,13 +187,21 @@ def _compared(
     """Both sides on two random examples, at the first choice of sizes at which they run."""
     failure = "there are no sizes to run it at"
     for sizes, shapes in choices(region, written):
-        inputs = draw(region, shapes)
         before, after = runner.before(region, sizes), runner.after(region, sizes, exact)
         try:
-            return prove_region(region.name, before, after, [inputs])
+            proofs = (prove_region(region.name, before, after, [inputs]) for inputs in draws(region, shapes))
+            return _first_finite(proofs)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             failure = f"it does not run: {error}"
     return RegionProof(region.name, float("inf"), passed=False, detail=failure)
+
+
+def _first_finite(proofs: Iterator[RegionProof]) -> RegionProof:
+    """The first proof on an example whose result is finite in the original; the last one if there is none."""
+    proof = next(proofs)
+    while proof.detail == NOT_FINITE and (another := next(proofs, None)) is not None:
+        proof = another
+    return proof
 
 
 def _is_the_same(region: Between, runner: Runner, written: nn.Module) -> bool:
@@ -202,7 +210,7 @@ def _is_the_same(region: Between, runner: Runner, written: nn.Module) -> bool:
     if held is None or not all(_same(*pair) for pair in held):
         return False
     for sizes, shapes in choices(region, written):
-        inputs = draw(region, shapes)
+        inputs = next(draws(region, shapes))
         with contextlib.suppress(RuntimeError, ValueError, IndexError, AssertionError), torch.inference_mode():
             given = [x.to(before.meta["val"].dtype) for x, (before, _) in zip(inputs, region.entries, strict=True)]
             expected = runner.before(region, sizes, as_stored)(*given)

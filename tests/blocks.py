@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import reptool.fusion
+from reptool.graph.guards import require_sizes
 from reptool.proof.region import TOLERANCE
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -53,13 +54,13 @@ def fused_equal(model: nn.Module, *inputs: Tensor, **options) -> nn.Module:
 
 
 def operators(fused: nn.Module) -> dict[str, int]:
-    """How many calls of each kind of layer, and of each ATen operator, a fused module makes."""
+    """How many calls of each kind of layer, and of each ATen operator, a fused module makes; checks of sizes apart."""
     layers = dict(fused.named_modules())
     found: Counter[str] = Counter()
     for node in fused.graph.nodes:
         if node.op == "call_module":
             found[type(layers[node.target]).__name__] += 1
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target is not require_sizes:
             schema = getattr(node.target, "_schema", None)
             found[schema.name.removeprefix("aten::") if schema else node.target.__name__.strip("_")] += 1
     return dict(found)

@@ -13,7 +13,7 @@ from reptool.errors import CaptureError, InputError
 
 
 class Rows(nn.Module):
-    """Divides by the size of its middle axis, which a graph holds fixed."""
+    """Divides by the size of its middle axis as a number, which a graph holds fixed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Rows(nn.Module):
 
     def forward(self, x):
         """A mean over the rows."""
-        return self.linear(x).sum(1) / x.shape[1]
+        return self.linear(x).sum(1) / int(x.shape[1])
 
 
 def gap(s, x):

@@ -6,10 +6,10 @@ The only place that calls ``torch.export``. Batch, height and width stay symboli
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import operator
+import re
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,19 +20,20 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils import _pytree as pytree
 
 from reptool.errors import CaptureError
-from reptool.graph.blame import advice, described, is_data_dependent, location, reason
-from reptool.graph.growth import BoundedSizes, GrowthError
-from reptool.graph.guards import BATCH, IMAGE, guard_inputs, open_axes
-from reptool.graph.inplace import is_functional, make_functional
+from reptool.graph.blame import described, reason
+from reptool.graph.export import export
+from reptool.graph.guards import guard_inputs
+from reptool.graph.inplace import drop_dropouts, is_functional, make_functional, uncertain, writer_to
 from reptool.graph.keeping import kept
+from reptool.graph.naming import module_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch.export import ExportedProgram
+    from torch.utils import _pytree as pytree
 
 
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default  # noqa: SLF001  # operators like any other
@@ -66,11 +67,11 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
     refuse_training(model)
     refuse_hooks(model)
     with quiet(), torch.no_grad(), kept(model) as assigned:
-        program, outgrown = _export(model, example)
-        program = _functional(program)
+        exported = export(model, example)
+        program = _functional(exported.program, model)
     _refuse_memory(program, assigned)
     _drop_assertions(program.graph)
-    guard_inputs(program, outgrown=outgrown)
+    guard_inputs(program, exported.channels, outgrown=exported.outgrown)
     return _captured(program)
 
 
@@ -124,58 +125,46 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _two_of(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The example with a batch of one doubled: torch.export takes a size of one for a constant."""
-    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
-    if not tensors or any(t.dim() < 2 or t.shape[0] != 1 for t in tensors):
-        return example
-    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)  # type: ignore[no-any-return]
-
-
-def _export(model: nn.Module, example: tuple[Any, ...]) -> tuple[ExportedProgram, bool]:
-    """Capture with symbolic batch, height and width; with fewer symbols if the model objects.
-
-    Also whether height and width are fixed because their expressions outgrew the bound.
-    """
-    failure: Exception = AssertionError("no attempt was made; please report this")
-    doubled, outgrown = _two_of(example), False
-    attempts = [(doubled, IMAGE), (doubled, BATCH), (example, ())]
-    for inputs, axes in attempts:
-        try:
-            given = inspect.signature(model.forward).bind(*inputs).arguments
-            with BoundedSizes() if axes == IMAGE else contextlib.nullcontext():
-                program = torch.export.export(model, inputs, strict=False, dynamic_shapes=_shapes(given, axes))
-        except Exception as error:  # noqa: BLE001  # torch.export raises many kinds; the last one is reported
-            failure = error
-            outgrown |= isinstance(error, GrowthError)
-            if is_data_dependent(error):
-                break
-        else:
-            return program, outgrown
-    raise _no_graph(model, failure) from failure
-
-
-def _no_graph(model: nn.Module, failure: Exception) -> CaptureError:
-    return CaptureError(
-        f"cannot capture {type(model).__name__} as a graph",
-        at=location(failure, model),
-        why=reason(failure),
-        do=advice(failure, model),
-    )
-
-
-def _functional(program: ExportedProgram) -> ExportedProgram:
+def _functional(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
     """The program without in-place operators."""
-    if make_functional(program.graph):
+    written = program.graph
+    if is_functional(written):
         return program
+    for name, source in drop_dropouts(written).items():
+        program.graph_signature.replace_all_uses(name, source)
+    if make_functional(written):
+        return program
+    if unclear := uncertain(written):
+        why = "the changed tensor is read again under another name, and sizes decide whether that is a copy"
+        raise _in_place(why, _line_of(unclear, model))
     try:
         program = program.run_decompositions({})
     except Exception as error:
         raise _in_place(reason(error)) from error
+    _refuse_changed_inputs(program, written, model)
     _restore_norms(program.graph)
     if not is_functional(program.graph):
         raise _in_place("the changed tensor is also read under another name")
     return program
+
+
+def _refuse_changed_inputs(program: ExportedProgram, written: fx.Graph, model: nn.Module) -> None:
+    """Raise if forward changes what it was given; ``written`` is the graph as it was, with in-place operators."""
+    for name in program.graph_signature.user_inputs_to_mutate.values():
+        writer = writer_to(written, name)
+        raise CaptureError(
+            f"cannot capture the model: it changes its input {name} in place",
+            at=_line_of(writer, model) if writer else None,
+            why="the caller sees the change, and a graph of values has none",
+            do=f"change a copy in forward, {name} = {name}.clone()",
+        )
+
+
+def _line_of(node: fx.Node, model: nn.Module) -> str:
+    """The module and the line that a node came from."""
+    lines = re.findall(r'File "(.+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
+    line = [f"{file}:{number} in {function}" for file, number, function in lines[-1:]]
+    return ", ".join([described(model, module_path(node)), *line])
 
 
 def _restore_norms(graph: fx.Graph) -> None:
@@ -195,18 +184,9 @@ def _restore_norms(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _in_place(why: str) -> CaptureError:
+def _in_place(why: str, at: str | None = None) -> CaptureError:
     what, do = "it changes a tensor in place", "replace the in-place operation by its functional form"
-    return CaptureError(f"cannot capture the model: {what}", why=why, do=do)
-
-
-def _shapes(given: dict[str, Any], axes: tuple[int, ...]) -> Any:
-    def of(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return None
-        return {axis: torch.export.Dim.AUTO for axis in open_axes(leaf) if axis in axes}
-
-    return pytree.tree_map(of, given)
+    return CaptureError(f"cannot capture the model: {what}", at=at, why=why, do=do)
 
 
 def _refuse_memory(program: ExportedProgram, assigned: set[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
-from reptool.affine.operators import AvgPool, Conv, ConvTranspose, Identity, Operator
+import torch
+
+from reptool.affine.operators import AvgPool, Conv, ConvTranspose, Identity, Operator, Pad
 
 Cost = Callable[[Operator, tuple[int, ...], tuple[int, ...]], float]
 """(operator, input shape, output shape) -> cost; only differences matter."""
@@ -56,6 +58,20 @@ def concatenation(shape: tuple[int, ...]) -> float:
     Units:    microseconds
     """
     return 2 * _ITEM * prod(shape) / _BYTES + _LAUNCH
+
+
+def taking_apart(cost: Cost, shape: tuple[int, ...], channels: Sequence[int]) -> float:
+    """Copying a tensor of this shape into parts with so many channels: one call, by any cost, and a view for each part.
+
+    To the cost it is a border of no width, which copies and does nothing else.
+    """
+    border = Pad(sum(channels), ((0, 0),) * max(len(shape) - 2, 0))
+    return cost(border, shape, shape) + len(channels) * _LAUNCH
+
+
+def calling(cost: Cost) -> float:
+    """What a layer costs beside its work, by any cost: one over a single entry does next to none."""
+    return cost(Conv(torch.empty(1, 1, dtype=torch.float64, device="meta")), (1, 1), (1, 1))
 
 
 def rise(estimates: tuple[float, float], work: tuple[float, float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,14 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional as F
 
+from reptool.affine.form import Form
 from reptool.affine.operators import Conv, ConvTranspose, Scale
 from reptool.affine.pointwise import uniform
+from reptool.graph.fused import Fused, stored
 from reptool.graph.layers import exact_weights, has_even_border, layer_of, rounded_weights
 from reptool.graph.leftovers import is_learned
-from reptool.graph.naming import distinct, module_path, region_path, safe
-from reptool.graph.values import OPERATOR, arguments_of
+from reptool.graph.naming import distinct, module_path, parts_of, region_path, safe
+from reptool.graph.values import arguments_of
 
 if TYPE_CHECKING:
     from reptool.affine.operators import Operator
@@ -31,27 +32,6 @@ _VIEWS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.unsquee
 
 
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default)
-
-
-class Fused(fx.GraphModule):
-    """A fused network: ordinary layers, one line of code a call, and the report of how it was made."""
-
-    @property
-    def fusion(self) -> Any:
-        """The FusionReport; it stays with copies and pickles."""
-        return self.meta["fusion"]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        rebuild, arguments = super().__reduce__()
-        return _unpickled, (rebuild, arguments)
-
-
-def _unpickled(rebuild: Any, arguments: tuple[Any, ...]) -> Fused:
-    """A pickled module again; the base class would return its own kind."""
-    plain = rebuild(*arguments)
-    module = Fused(plain, plain.graph, "Fused")
-    module.meta.update(arguments[0].get("meta", {}))
-    return module.eval()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +80,11 @@ class _Writer:
         self.new: dict[str, tuple[Value, int]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.shared: dict[Any, str] = {}
+        self.used = parts_of(name for name, _ in captured.state.values())
         self.needed = self._needed()
-        kept = [safe(captured.state[n][0]) for n in captured.graph.nodes if n in captured.state and n in self.needed]
+        kept = [
+            self._safe(captured.state[n][0]) for n in captured.graph.nodes if n in captured.state and n in self.needed
+        ]
         self.names = distinct(self._wanted(), kept)
 
     def _needed(self) -> set[fx.Node]:
@@ -119,9 +102,9 @@ class _Writer:
 
     def _is_layer(self, value: Value) -> bool:
         """Whether a value that nothing was merged into is an ordinary convolution or linear layer."""
-        operator = value.form.terms[0].operator
         if self._is_region(value) or len(value.form.terms) != 1 or value.node.target in _PRODUCTS:
             return False
+        operator = self._own(value)
         return isinstance(operator, ConvTranspose) or (isinstance(operator, Conv) and has_even_border(operator))
 
     def _is_region(self, value: Value) -> bool:
@@ -129,6 +112,12 @@ class _Writer:
         if value.rewritten or value.node.target not in _PRODUCTS:
             return value.rewritten
         return any(self._is_computed(n) for n in value.node.all_input_nodes)
+
+    def _own(self, value: Value) -> Operator:
+        """The operator of a value that nothing was merged into, as it was read; its outline may be another kind."""
+        form = self.reader(value.node)
+        assert isinstance(form, Form)  # noqa: S101  # it has a value
+        return form.terms[0].operator
 
     def _is_computed(self, node: fx.Node) -> bool:
         """Whether a constant is more than a view of a weight."""
@@ -140,7 +129,7 @@ class _Writer:
         wanted: dict[fx.Node, str] = {}
         for node, value in self.plan.values.items():
             if node in self.needed and self._is_region(value):
-                wanted[node] = region_path(value, self.reader)
+                wanted[node] = region_path(value, self.reader, self.used)
             elif node in self.needed and self._is_layer(value) and self._key(value) not in self.shared:
                 wanted[node] = self._layer_path(node)
                 self.shared[self._key(value)] = ""
@@ -151,15 +140,14 @@ class _Writer:
         """The path of a layer that stays: where its weight lies, or the module that computes it."""
         weight = arguments_of(node)["weight"]
         if weight not in self.captured.state:
-            return safe(module_path(node) or "layer")
+            return self._safe(module_path(node) or "layer")
         holder, _, leaf = self.captured.state[weight][0].rpartition(".")
-        return safe((holder if leaf == "weight" else f"{holder}.{leaf}".lstrip(".")) or "layer")
+        return self._safe((holder if leaf == "weight" else f"{holder}.{leaf}".lstrip(".")) or "layer")
 
     def _key(self, value: Value) -> Any:
         """What makes two layers the same one: their weights and their geometry."""
         given = arguments_of(value.node)
-        operator = value.form.terms[0].operator
-        fields = {k: v for k, v in vars(operator).items() if not isinstance(v, torch.Tensor)}
+        fields = {k: v for k, v in vars(self._own(value)).items() if not isinstance(v, torch.Tensor)}
         return given["weight"], given["bias"], str(fields)
 
     def write(self, node: fx.Node) -> None:
@@ -176,13 +164,16 @@ class _Writer:
         elif value is not None and _is_identity(value):
             self.env[node] = self.env[value.form.terms[0].atom]  # type: ignore[index]  # atoms are nodes
         elif node.op == "get_attr":
-            self._add(str(node.target), copy.deepcopy(self.captured.graphs.get_submodule(str(node.target))))
+            self._add(str(node.target), stored(self.captured.graphs.get_submodule(str(node.target))))
             self.env[node] = self.graph.get_attr(str(node.target))
         else:
             self.env[node] = self.copied[node] = self.graph.node_copy(node, self.env.__getitem__)
 
+    def _safe(self, name: str) -> str:
+        return safe(name, self.used)
+
     def _weight(self, node: fx.Node) -> fx.Node:
-        name = safe(self.captured.state[node][0])
+        name = self._safe(self.captured.state[node][0])
         holder, leaf = self._holder(name)
         tensor = self.captured.state[node][1]
         if isinstance(tensor, nn.Parameter):
@@ -212,20 +203,20 @@ class _Writer:
 
     def _layer(self, value: Value) -> fx.Node:
         """A convolution or linear layer that nothing was merged into, with its own weights, bit for bit."""
-        term, key = value.form.terms[0], self._key(value)
+        atom, key = value.form.terms[0].atom, self._key(value)
         if key not in self.shared:
             given = arguments_of(value.node)
             weights = {n: self._parameter(given[n]) for n in ("weight", "bias") if given[n] is not None}
             self.shared[key] = self.names[value.node]
-            self._add(self.names[value.node], layer_of(term.operator, weights).module)
-        written = self.graph.call_module(self.shared[key], (self.env[term.atom],))  # type: ignore[index]
+            self._add(self.names[value.node], layer_of(self._own(value), weights).module)
+        written = self.graph.call_module(self.shared[key], (self.env[atom],))  # type: ignore[index]
         written.meta.update(value.node.meta)
         return written
 
     def _region(self, value: Value) -> fx.Node:
         name = self.names[value.node]
         dtype, device = value.node.meta["val"].dtype, _device(value, self.plan)
-        learned = is_learned(value, self.plan) or any(OPERATOR in source.meta for source in value.sources)
+        learned = is_learned(value, self.plan)
         parts = []
         for index, term in enumerate(self.plan.exact(value).terms):
             path = name if len(value.form.terms) == 1 else f"{name}.{index}"

@@ -18,19 +18,14 @@ from torch.utils._sympy.printers import PythonPrinter
 from reptool.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch._guards import ShapeGuard
     from torch.export import ExportedProgram
 
-BATCH, IMAGE = (0,), (0, 2, 3)
-"""The axes that are to stay open: the batch, and of inputs with four axes or more the height and width."""
 _TORCH = Path(torch.__file__).parent
-
-
-def open_axes(x: Tensor) -> tuple[int, ...]:
-    """The axes of an input whose size should stay open."""
-    return IMAGE if x.dim() >= 4 else BATCH[: x.dim()]
+_OF_LAYERS = ("meta_mm", "conv", "native_layer_norm", "check_input", "multi_head_attention_forward", "__call__")
+"""Where torch compares a size with that of a weight."""
 
 
 def is_number(size: Any) -> bool:
@@ -38,10 +33,21 @@ def is_number(size: Any) -> bool:
     return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
-def guard_inputs(program: ExportedProgram, *, outgrown: bool = False) -> None:
+def fixed_by_layers(inputs: list[fx.Node], weights: Iterable[Tensor]) -> frozenset[tuple[str, int]]:
+    """The axes, by name of the input, that became numbers because a layer has so many channels: it refuses others itself."""
+    known = {size for tensor in weights for size in tensor.shape}
+    found = set()
+    for node in inputs:
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and is_number(size) and int(size) in known and _is_of_layers(size):
+                found.add((node.name, axis))
+    return frozenset(found)
+
+
+def guard_inputs(program: ExportedProgram, channels: frozenset[tuple[str, int]], *, outgrown: bool = False) -> None:
     """Let the graph refuse other constants than it was captured with, and sizes that it does not hold for.
 
-    ``outgrown``: height and width are fixed because following them took too much, and the refusal says so.
+    ``channels`` are the (name, axis) whose size the layers themselves look at. ``outgrown``: height and width are fixed because following them took too much, and the refusal says so.
     """
     constants = [spec.arg for spec in program.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)]
     holders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -49,7 +55,7 @@ def guard_inputs(program: ExportedProgram, *, outgrown: bool = False) -> None:
     given = [node for name, node in holders.items() if name in names]
     tensors = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
     with program.graph.inserting_after(next(reversed(holders.values()), None)):
-        for text in reversed(list(dict.fromkeys(_conditions(tensors)))):
+        for text in reversed(list(dict.fromkeys(_conditions(tensors, channels)))):
             read = [node for node in tensors if f"{node.name}.shape" in text]
             fixed = outgrown and any(
                 text.startswith(f"{node.name}.shape[{axis}] ==") for node in read for axis in (2, 3)
@@ -66,22 +72,38 @@ def conditions_of(graph: fx.Graph) -> tuple[tuple[str, str], ...]:
     return tuple((str(node.args[0]), _REASONS[node.target]) for node in found)
 
 
-def _conditions(tensors: list[fx.Node]) -> Iterator[str]:
+def _conditions(tensors: list[fx.Node], channels: frozenset[tuple[str, int]]) -> Iterator[str]:
     """What must hold of the sizes of inputs, in Python, such as ``x.shape[2] > 5``."""
     names: dict[Any, str] = {}
     guards: list[ShapeGuard] = []
-    for node in tensors:
-        for axis, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, torch.SymInt):
-                names.setdefault(size.node._expr, f"{node.name}.shape[{axis}]")  # noqa: SLF001  # before it became a number
-                guards = size.node.shape_env.guards
-        for axis in open_axes(node.meta["val"]):
-            size = node.meta["val"].shape[axis]
-            if is_number(size):
-                yield f"{node.name}.shape[{axis}] == {int(size)}"
+    sizes = [(n.name, axis, size) for n in tensors for axis, size in enumerate(n.meta["val"].shape)]
+    for node, axis, size in sizes:
+        if isinstance(size, torch.SymInt):
+            names.setdefault(_symbol(size), f"{node}.shape[{axis}]")
+            guards = size.node.shape_env.guards
+    for node, axis, size in sizes:
+        name = f"{node}.shape[{axis}]"
+        if is_number(size):
+            if (node, axis) not in channels:
+                yield f"{name} == {int(size)}"
+        elif size.node.expr != _symbol(size):
+            yield f"{name} == {_Printer(names).doprint(size.node.expr)}"
+        elif names[_symbol(size)] != name:
+            yield f"{name} == {names[_symbol(size)]}"
     for guard in guards:
         if _is_forward(guard) and guard.expr.free_symbols <= names.keys():
             yield _Printer(names).doprint(guard.expr)
+
+
+def _symbol(size: torch.SymInt) -> Any:
+    """What a size was before it became a number, or another's."""
+    return size.node._expr  # noqa: SLF001
+
+
+def _is_of_layers(size: torch.SymInt) -> bool:
+    """Whether torch fixed a size where it compared it with that of a weight, and nowhere else."""
+    by = [g.sloc.framework_loc for g in size.node.shape_env.guards if _symbol(size) in g.expr.free_symbols]
+    return bool(by) and all(frame is not None and frame.name in _OF_LAYERS for frame in by)
 
 
 def _is_forward(guard: ShapeGuard) -> bool:

@@ -11,7 +11,7 @@ from reptool.graph.naming import module_path
 from reptool.graph.rules.carriers import carried
 from reptool.graph.rules.spread import NORMS
 from reptool.graph.structure import describe
-from reptool.graph.values import arguments_of
+from reptool.graph.values import OPERATOR, arguments_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -40,9 +40,9 @@ def _is_learned(value: Value, plan: Plan) -> bool:
 
 
 def is_learned(value: Value, plan: Plan) -> bool:
-    """Whether weights went into a value."""
+    """Whether weights went into a value, its own or by a rule that made a node."""
     weights = (plan.reader.tensor(used) for source in value.sources for used in source.all_input_nodes)
-    return any(weight is not None for weight in weights)
+    return any(OPERATOR in source.meta for source in value.sources) or any(weight is not None for weight in weights)
 
 
 def _kind(value: Value) -> str:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from itertools import count
+from keyword import iskeyword
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from torch import fx
+from torch import fx, nn
 
 from reptool.affine.operators import Conv, ConvTranspose
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from reptool.graph.normalise import Value
     from reptool.graph.read import Reader
 
-_OWN = {"fusion", "meta", "training"}
-"""Attributes of a fused module that are not visible on the class."""
+_OWN = {"fusion", "_in_spec", "_out_spec", *dir(fx.GraphModule(nn.Module(), fx.Graph()))}
+"""Attributes of a fused module; its class shows only some of them."""
 
 
 def module_path(node: fx.Node) -> str:
@@ -27,13 +28,29 @@ def module_path(node: fx.Node) -> str:
     return str(paths[-1]).removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
 
 
-def safe(name: str) -> str:
-    """A dotted name whose first part is no attribute of the fused module itself."""
-    first, dot, rest = name.partition(".")
-    return f"{first}_{dot}{rest}" if first in _OWN or hasattr(fx.GraphModule, first) else name
+def parts_of(names: Iterable[str]) -> set[str]:
+    """Everything that stands between the dots of some names."""
+    return {part for name in names for part in name.split(".")}
 
 
-def region_path(value: Value, reader: Reader) -> str:
+def safe(name: str, used: Collection[str]) -> str:
+    """A dotted name that a fused module can hold, and its code can write.
+
+    A first part that is an attribute of the module itself, and any that is a word of Python, gets underscores until
+    it is none of the parts that are ``used``.
+    """
+    first, *rest = name.split(".")
+    free = [_free(first, used) if first in _OWN else first, *rest]
+    return ".".join(_free(part, used) if iskeyword(part) else part for part in free)
+
+
+def _free(part: str, used: Collection[str]) -> str:
+    while part in used or part in _OWN or iskeyword(part):
+        part += "_"
+    return part
+
+
+def region_path(value: Value, reader: Reader, used: Collection[str]) -> str:
     """The path a rewritten value asks for.
 
     One layer with weights keeps that layer's path, several get the innermost module that holds them all.
@@ -44,7 +61,7 @@ def region_path(value: Value, reader: Reader) -> str:
     paths = sorted({module_path(n) for n in (heavy or value.sources)})
     name = paths[0] if len(paths) == 1 else ".".join(commonprefix([p.split(".") for p in paths]))
     several = len(value.form.terms) > 1 or any(isinstance(t.operator, Conv | ConvTranspose) for t in value.form.terms)
-    return safe(name or ("fused" if several else "scale"))
+    return safe(name or ("fused" if several else "scale"), used)
 
 
 def distinct(wanted: Mapping[fx.Node, str], kept: Iterable[str]) -> dict[fx.Node, str]:

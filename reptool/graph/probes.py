@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from reptool.graph.values import shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from reptool.graph.regions import Between
 
@@ -28,6 +28,8 @@ _FIXED = frozenset(
 _LAST = frozenset(("linear", "layer_norm"))
 """Operators that read the last axis, so that it keeps its size."""
 
+_MASKS = 16
+"""Random masks that are tried."""
 _FEWEST, _MOST = 1 << 17, 1 << 20
 """Between these, so many random numbers are drawn once: 8 MB at most."""
 
@@ -67,7 +69,7 @@ def choices(region: Between, module: nn.Module) -> list[tuple[Sizes, list[tuple[
         known = [tuple(int(sizes(s)) for s in shape) for shape in shapes]
         fewer = _fewer(known, free, side) if several and free is not None else known
         tries += [(sizes, fewer), (sizes, known)] if fewer != known else [(sizes, known)]
-    return tries
+    return [(sizes, given) for sizes, given in tries if all(s > 0 for shape in given for s in shape)]
 
 
 def _batches(shapes: list[Shape]) -> dict[Any, int]:
@@ -162,9 +164,15 @@ def _extent(node: fx.Node, module: nn.Module) -> int:
     return 3
 
 
-def draw(region: Between, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
+def draws(region: Between, shapes: list[tuple[int, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Entries to try in turn: several where there are masks, as one that leaves nothing of a row has no finite result."""
+    masked = any(not before.meta["val"].dtype.is_floating_point for before, _ in region.entries)
+    return (_draw(region, shapes, seed) for seed in range(_MASKS if masked else 1))
+
+
+def _draw(region: Between, shapes: list[tuple[int, ...]], seed: int) -> tuple[Tensor, ...]:
     """Random entries: normal where they are floating, zeros and ones elsewhere; two entries of a region share none."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     noise, start = _noise(sum(map(prod, shapes))), 0
     drawn = []
     for (before, _), shape in zip(region.entries, shapes, strict=True):

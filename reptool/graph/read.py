@@ -62,7 +62,7 @@ class Reader(Weights):
         """How to read the one operator of a node with all its values, also when the node is no longer there."""
         if OPERATOR in node.meta:
             return lambda: _Exact(self.state, self.computed).made(node)
-        read, given = _TABLE[node.target], arguments_of(node)
+        read, given = _TABLE[node.target], fx.map_arg(arguments_of(node), self._unrepeated)
 
         def exact() -> Operator:
             form = read(_Exact(self.state, self.computed), node, given)
@@ -71,6 +71,12 @@ class Reader(Weights):
             return form.terms[0].operator
 
         return exact
+
+    def _unrepeated(self, node: fx.Node) -> fx.Node:
+        """A weight itself where it is repeated for every example; what repeats it may be gone when it is read."""
+        if node.target is not aten.expand.default or self.tensor(node) is not None:
+            return node
+        return node if self.tensor(node.args[0]) is None else node.args[0]  # type: ignore[return-value]  # a node
 
     def _read(self, node: fx.Node) -> Reading:
         if node.op != "call_function":

@@ -102,8 +102,9 @@ def _is_of_sizes(argument: Any) -> bool:
 
 
 def _axis(node: fx.Node) -> int:
-    """The channel axis of a value that no operator has named yet: 1, or the last of two."""
-    return 1 if len(shape_of(node)) > 2 else -1
+    """The channel axis of a value that no operator has named yet: 1, or the last of two, or where 1 has no fixed size."""
+    shape = shape_of(node)
+    return 1 if len(shape) > 2 and isinstance(shape[1], int) else -1
 
 
 def _times(node: fx.Node, factor: float) -> Operator:
@@ -137,11 +138,20 @@ def _scaled(reader: Reader, node: fx.Node, value: Any, factor: Any, *, invert: b
     if isinstance(found, Refusal):
         return found
     gain, axis = found
+    if invert and bool((gain == 0).any()):
+        return Refusal("it divides by zero")
     return one(value, Scale(1 / gain if invert else gain, None, axis))
 
 
 def _vector(reader: Reader, node: fx.Node, value: Any) -> tuple[Tensor, int] | Refusal:
-    """A constant as a vector along one channel axis of a node's value."""
+    """A constant as a vector along one channel axis of a node's value; it has to be finite."""
+    found = _any_vector(reader, node, value)
+    if isinstance(found, Refusal) or bool(torch.isfinite(found[0]).all()):
+        return found
+    return Refusal("its constant is not finite")
+
+
+def _any_vector(reader: Reader, node: fx.Node, value: Any) -> tuple[Tensor, int] | Refusal:
     shape = shape_of(node)
     if isinstance(value, (int, float)) and len(shape) >= 2 and isinstance(shape[_axis(node)], int):
         return torch.full((shape[_axis(node)],), float(value), dtype=torch.float64), _axis(node)

@@ -108,7 +108,7 @@ class Regions:
         """What lies between a value and the nearest values that are equal on both sides, walking on ``through`` some."""
         itself = None if self.pairs.get(written) is not origin else written  # an alias ends where its value is computed
         after, reached = _walk(written, lambda n: n in self.pairs and n is not itself and n not in through, _is_leaf)
-        cuts = {self.pairs[n]: n for n in reached if n in self.pairs}
+        cuts = {self.pairs[n]: n for n in reached if n in self.pairs and not self._is_constant(self.pairs[n])}
         before, leaves = _walk(origin, cuts.__contains__, self._is_constant)
         cuts |= {leaf: leaf for leaf in leaves if leaf not in cuts and is_tensor(leaf) and not self._is_constant(leaf)}
         return Between(
@@ -154,10 +154,14 @@ def _is_size(node: fx.Node) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """Runs both sides of a region, in float64 if nothing else is asked for; ``read`` takes a weight from where it is."""
+    """Runs both sides of a region, in float64 if nothing else is asked for; ``read`` takes a weight from where it is.
+
+    ``pairs`` are the captured nodes that those of the fused graph equal: what is computed from weights alone has its value.
+    """
 
     weights: Weights
     module: nn.Module
+    pairs: Mapping[fx.Node, fx.Node]
 
     def held(self, region: Between) -> list[tuple[Tensor, Tensor]] | None:
         """What the captured side reads, beside what the one layer of the region holds; None if it is not one layer.
@@ -225,7 +229,7 @@ class Runner:
         if node.op == "get_attr":
             holder, _, leaf = str(node.target).rpartition(".")
             return read(getattr(self.module.get_submodule(holder), leaf))
-        tensor = self.weights.tensor(node)
+        tensor = self.weights.tensor(self.pairs.get(node, node))
         if tensor is None:
             raise AssertionError(f"{node} is read by a region and lies outside it; please report this")
         return read(tensor)

@@ -10,16 +10,20 @@ from reptool.graph.rules.edits import tidy
 from reptool.graph.rules.factors import hand_factors_back
 from reptool.graph.rules.flattening import flatten_scales
 from reptool.graph.rules.gains import hand_gains_back
+from reptool.graph.rules.gates import raise_gates, scale_gates
 from reptool.graph.rules.heads import merge_heads
 from reptool.graph.rules.memories import merge_memories
 from reptool.graph.rules.pairs import choose_by_sigmoid
 from reptool.graph.rules.permutations import absorb_permutations
+from reptool.graph.rules.residuals import add_identities
 from reptool.graph.rules.scalars import place_numbers
+from reptool.graph.rules.siblings import stack_siblings
 from reptool.graph.rules.slides import slide_back
 from reptool.graph.rules.softmax import drop_constants
 from reptool.graph.rules.spread import spread
 from reptool.graph.rules.stacks import stack_branches
 from reptool.graph.rules.sums import apply_once
+from reptool.graph.rules.tokens import commute_with_tokens, write_out_sums
 from reptool.graph.rules.windows import flatten_windows
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ def revise(draft: Draft, cost: Cost) -> None:
     Constants are dropped last: only then is known which layers have one, as a norm's shift went into what follows it.
     """
     tidy(draft)
+    write_out_sums(draft)
     place_numbers(draft)
     absorb_permutations(draft)
     scale_branches(draft)
@@ -43,10 +48,15 @@ def revise(draft: Draft, cost: Cost) -> None:
     apply_once(draft, cost)
     choose_by_sigmoid(draft)
     hand_factors_back(draft)
+    add_identities(draft, cost)
     slide_back(draft, cost)
+    commute_with_tokens(draft, cost)
     spread(draft)
+    raise_gates(draft, cost)
     drop_constants(draft)
+    scale_gates(draft, cost)
     merge_heads(draft, cost)
     merge_memories(draft, cost)
     centre_maps(draft)
+    stack_siblings(draft, cost)
     tidy(draft)

@@ -26,8 +26,8 @@ EXACT = "exact"
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The shape of a node's value; symbolic entries stay symbolic."""
-    return tuple(node.meta["val"].shape)
+    """The shape of a node's value; entries that vary stay symbolic."""
+    return tuple(s if (n := fixed(s)) is None else n for s in node.meta["val"].shape)
 
 
 def sizes_of(node: fx.Node) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ def _conv(
         columns = F.unfold(input[:, start * channels : (start + together) * channels], *window)
         columns = columns.view(len(input), -1, kernels.shape[2], height * width)  # (n, some, i kh kw / groups, h' w')
         torch.bmm(kernels[some], columns.permute(1, 2, 0, 3).flatten(2), out=y[some])
-    result = y.view(len(weight), len(input), height, width).transpose(0, 1)
+    result = y.view(len(weight), len(input), height, width).transpose(0, 1).contiguous()
     return result if bias is None else result + bias.view(-1, 1, 1)
 
 

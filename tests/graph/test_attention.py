@@ -149,6 +149,45 @@ def test_projections_are_merged_where_heads_are_wide(name):
         assert error(model, fused, noise(batch, 7, 6, seed=5), noise(batch, 3, 4, seed=6)) <= TOLERANCE
 
 
+class Shared(nn.Module):
+    """Attention with different numbers of heads for queries, keys and values, of which one is repeated for the others."""
+
+    def __init__(self, q: int, k: int, v: int) -> None:
+        super().__init__()
+        self.heads = (q, k, v)
+        self.layers = nn.ModuleList(nn.Linear(4, 4 * h) for h in self.heads)
+        self.o = nn.Linear(4 * max(self.heads), 5)
+
+    def forward(self, x):
+        """Attend to the same tokens."""
+        split = (
+            layer(x).unflatten(2, (h, 4)).transpose(1, 2) for layer, h in zip(self.layers, self.heads, strict=True)
+        )
+        q, k, v = split
+        return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+# name: heads of queries, keys and values, layers left
+SHARED = {
+    "multi-query attention": ((2, 1, 1), 4),
+    "one head of queries": ((1, 2, 2), 3),
+    "one head of weights": ((1, 1, 2), 3),
+    "one head of values": ((2, 2, 1), 3),
+    "as many heads everywhere": ((2, 2, 2), 2),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_heads_that_are_repeated_are_not_merged(name):
+    """Only where both sides of a product have as many heads are their layers merged by head."""
+    torch.manual_seed(0)
+    counts, left = SHARED[name]
+    model = stirred(Shared(*counts))
+    fused = fused_equal(model, noise(2, 5, 4))
+    assert operators(fused)["Linear"] == left
+    assert error(model, fused, noise(3, 6, 4, seed=5)) <= TOLERANCE
+
+
 def test_merged_attention_has_two_layers():
     """Self-attention with wide heads keeps one layer in front and one behind, and half of the weights."""
     model = stirred(Attention(width=8, d=8, h=4))

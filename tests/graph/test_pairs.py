@@ -86,6 +86,22 @@ def test_softmax_stays_where_the_pattern_is_not_whole(name):
     assert "sigmoid" not in operators(fused)
 
 
+def turned(self, x):
+    """A choice between two activations, by logits of which one is turned."""
+    logits = torch.stack([self.u(x).flatten(2), self.v(x).transpose(2, 3).flatten(2)], 1)
+    return (torch.stack([x.relu().flatten(2), x.sigmoid().flatten(2)], 1) * logits.softmax(1)).sum(1)
+
+
+def test_logits_of_like_shape_in_the_example_alone():
+    """Height and width are the same in the example and apart elsewhere: the difference is taken behind the flattening."""
+    torch.manual_seed(0)
+    model = stirred(Lambda(turned, u=nn.Conv2d(8, 8, 1), v=nn.Conv2d(8, 8, 1)))
+    fused = fused_equal(model, noise(2, 8, 5, 5))
+    assert operators(fused)["sigmoid"] == 2
+    for size in ((5, 4), (1, 4), (4, 1)):
+        assert error(model, fused, noise(2, 8, *size, seed=5)) <= TOLERANCE
+
+
 @pytest.mark.peers
 def test_timm_selective_kernel():
     """The module of timm becomes four convolutions and a sigmoid."""
@@ -187,6 +203,42 @@ def test_layer_is_applied_twice(name):
     assert operators(fused_equal(stirred(model), noise(*ROWS)))["Linear"] == 4
 
 
+def test_layer_of_values_of_like_shape_in_the_example_alone():
+    """Inputs of 8 and of 7 pixels have results of the same size; a sum of the inputs would fail, and of 2 and 1 be wrong."""
+    model = stirred(Lambda(lambda s, x, y: s.f(x) + s.f(y), f=nn.Conv2d(8, 8, 3, stride=2, padding=1)))
+    fused = fused_equal(model, noise(2, 8, 8, 8), noise(2, 8, 8, 8, seed=2))
+    assert operators(fused)["Conv2d"] == 2
+    for one, other in ((8, 8), (8, 7), (2, 1), (1, 2)):
+        inputs = noise(2, 8, one, one, seed=5), noise(2, 8, other, other, seed=6)
+        assert error(model, fused, *inputs) <= TOLERANCE
+
+
+def doubled(function, **layers):
+    """What a function returns, added to itself."""
+    return Lambda(lambda s, x: (y := function(s, x)) + y, w=nn.Linear(6, 6, bias=False), **layers)
+
+
+DOUBLED = {
+    "layer": lambda: doubled(lambda s, x: s.w(x.relu())),
+    "product": lambda: doubled(lambda s, x: torch.mm(x, s.w.weight)),
+    "einsum": lambda: doubled(lambda s, x: torch.einsum("bc,oc->bo", x, s.w.weight)),
+    "layer that a rule put into another order": lambda: doubled(lambda s, x: s.w(x).flip(-1)),
+    "layers that a rule stacked": lambda: doubled(
+        lambda s, x: torch.cat([s.f(y := x[:, :, None]), s.g(y)], 1), f=nn.Conv1d(6, 2, 1), g=nn.Conv1d(6, 2, 1)
+    ),
+    "layer, and again in another term": lambda: doubled(lambda s, x: (y := s.w(x)) + y + s.w(x.relu())),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLED)
+def test_one_value_added_to_itself_is_no_layer_of_two(name):
+    """A term that occurs twice is one call of a layer, or of none."""
+    torch.manual_seed(0)
+    model = stirred(DOUBLED[name]())
+    kinds = operators(fused_equal(model, noise(*ROWS)))
+    assert sum(kinds.get(kind, 0) for kind in ("Linear", "Conv1d", "mm", "einsum")) <= 2
+
+
 def test_sum_in_front_is_not_worth_it():
     """Where a layer costs nothing, adding its wider inputs costs more than adding its results."""
     model = stirred(shared(lambda s, x: s.f(s.g(x).relu()) + s.f(s.h(x).tanh()), nn.Linear(4, 1)))
@@ -196,7 +248,7 @@ def test_sum_in_front_is_not_worth_it():
 
 def test_layers_with_other_weights_are_not_taken_for_one(monkeypatch):
     """Control: a sum of two different layers written as one is caught by the proof of the region."""
-    monkeypatch.setattr(sums, "_key", lambda term: term.target)
+    monkeypatch.setattr(sums, "_are_alike", lambda one, other: one.target is other.target)
     model = shared(lambda s, x: s.f(s.g(x).relu()) + s.e(s.h(x).tanh()))
     model.e = nn.Linear(4, 6)
     with pytest.raises(NotEquivalentError, match="not equal after fusing"):

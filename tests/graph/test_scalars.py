@@ -77,6 +77,25 @@ def test_number_stays(name):
     assert "ChannelScale" not in kinds
 
 
+TRANSPOSED = {
+    "in front": lambda s, x: s.norm(s.up(x + 3.0)).tanh(),
+    "behind": lambda s, x: (s.up(s.conv(x)) * 0.5).tanh(),
+    "in front of a strided one": lambda s, x: s.wide(x.tanh() * 0.5).tanh(),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_number_next_to_a_transposed_convolution(name):
+    """A transposed convolution takes a number and hands it no further: behind it there are other channels."""
+    layers = {"up": nn.ConvTranspose2d(2, 4, 1), "wide": nn.ConvTranspose2d(2, 4, 3, stride=2)}
+    kinds, _ = kinds_left(
+        Lambda(TRANSPOSED[name], norm=nn.BatchNorm2d(4), conv=nn.Conv2d(2, 2, 1), **layers), 2, 2, 5, 4
+    )
+    layer = "ConvTranspose2d" if name == "in front of a strided one" else "Conv2d"
+    assert kinds[layer] == 1
+    assert kinds.keys() == {layer, "tanh"}
+
+
 def affine_mean(s, x):
     """The end of ResMLP: a sum, an affine map, the mean over the tokens and a layer."""
     return s.b((s.gain * (x + s.a(F.gelu(x))) + s.shift).mean(1))
@@ -86,6 +105,23 @@ def test_affine_map_goes_through_the_mean():
     """A gain and then a shift over a sum go into the layer behind the mean, and the sum is left alone."""
     kinds, fused = kinds_left(run(affine_mean), *TOKENS)
     assert kinds == {"gelu": 1, "Linear": 2, "add": 1, "mean": 1}
+    assert not fused.fusion.left
+
+
+REORDERED = {
+    "scale": lambda s, x: s.a((x.tanh() * s.gain[:, None, None])[:, s.order].flatten(2).transpose(1, 2)),
+    "norm": lambda s, x: s.a(s.norm(x.relu()).flip(1).flatten(2).transpose(1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_scale_goes_through_an_order_that_is_gone(name):
+    """Carriers that already move other values than the captured ones hand a scale on all the same."""
+    model = run(REORDERED[name], norm=nn.BatchNorm2d(12))
+    model.register_buffer("order", torch.arange(12).roll(5))
+    kinds, fused = kinds_left(model, 2, 12, 5, 4)
+    assert kinds["Linear"] == 1
+    assert kinds.keys().isdisjoint({"index", "flip", "mul", "batch_norm", "ChannelScale"})
     assert not fused.fusion.left
 
 
@@ -138,9 +174,13 @@ SHIFTED = {
 
 @pytest.mark.parametrize("name", SHIFTED)
 def test_shift_goes_through_the_sum(name):
-    """What is added in front of a sum is in the bias of the layers behind it, and the gain stays."""
+    """What is added in front of a sum is in the bias of the layers behind it, and the gain stays.
+
+    The gate of a response norm has one added to it: so the map is not added to the product.
+    """
     kinds, fused = kinds_left(wide(SHIFTED[name]), *MAPS)
-    assert biases(fused) <= {"a", "b", "c"}
+    gated = name in {"global response norm", "moved, and read by two"}
+    assert biases(fused) <= {"a", "b", "c", *(["scale"] if gated else [])}
     assert kinds["Linear"] == 2 + (name == "moved, and read by two")
 
 
@@ -198,4 +238,4 @@ def test_planted_fault_is_caught(name, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(module, function, altered(getattr(module, function), change))
     with pytest.raises(NotEquivalentError, match="not equal after fusing"):
-        fuse(stirred(build()), (noise(*(MAPS if name == "one of two ways" else TOKENS)),))
+        fuse(stirred(build()), (noise(*(TOKENS if name == "another gain" else MAPS)),))

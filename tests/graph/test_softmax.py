@@ -228,9 +228,53 @@ def test_term_is_lost(name):
 
 def test_infinite_term_is_kept():
     """What makes a row not a number is not left out."""
-    model = Lambda(lambda s, x: (x @ x.mT + ROW).softmax(-1)).double().eval()
-    fused = reptool.fusion.fuse(model, (noise(*TOKENS),))
-    assert fused(noise(*TOKENS)).isnan().any()
+    for term in (ROW, INF):
+        model = Lambda(lambda s, x, t=term: (x @ x.mT + t).softmax(-1)).double().eval()
+        fused = reptool.fusion.fuse(model, (noise(*TOKENS),))
+        assert fused(noise(*TOKENS)).isnan().any()
+
+
+PADDED = torch.zeros(7, 1, dtype=torch.float64)
+PADDED[3:5] = -1e9
+# name: how a huge constant comes to the logits, or to the keys, and whether the keys' bias is lost
+HUGE = {
+    "queries that are masked": (lambda a: a + PADDED, False),
+    "number": (lambda a: a - 1e9, False),
+    "queries and keys that are masked": (lambda a: a + (PADDED + PADDED.mT), False),
+    "taken away": (lambda a: a - -PADDED, False),
+    "in front of a transpose": (lambda a: (a.mT + PADDED.mT).mT, False),
+    "keys that are masked": (lambda a: a + PADDED.mT, True),
+    "keys that are masked, taken away": (lambda a: a - -PADDED.mT, True),
+    "causal mask": (lambda a: a + CAUSAL * -1e9, True),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_constant_is_kept(name):
+    """A constant that makes float64 round a whole row of logits stays with all that it rounds; one in a part does not."""
+    change, lost = HUGE[name]
+    torch.manual_seed(0)
+    model = stirred(Attention(logits=change))
+    fused = fused_equal(model, noise(*TOKENS))
+    assert biases(fused) == ({"q", "o"} if lost else {"q", "k", "o"})
+    assert operators(fused).keys() & {"add", "sub", "ChannelScale"}
+
+
+def test_huge_mask_of_whole_rows_keeps_the_bias_in_fused_attention():
+    """Torch's attention rounds its logits in the same way."""
+    model = stirred(Attention(fused=lambda q, k, v: sdpa(q, k, v, attn_mask=PADDED.expand(7, 7))))
+    assert biases(fused_equal(model, noise(*TOKENS))) == {"q", "k", "v", "o"}
+    model = stirred(Attention(fused=lambda q, k, v: sdpa(q, k, v, attn_mask=CAUSAL * -1e9)))
+    assert biases(fused_equal(model, noise(*TOKENS))) == {"q", "v", "o"}
+
+
+def test_huge_bias_is_kept():
+    """A bias that a softmax would lose over the reals stays if the logits are rounded by it."""
+    for size, lost in ((100.0, True), (1e8, False)):
+        model = stirred(Lambda(lambda s, x: s.conv(x).flatten(2).softmax(-1), conv=nn.Conv2d(8, 4, 1)))
+        with torch.no_grad():
+            model.conv.bias.fill_(size)
+        assert biases(fused_equal(model, noise(*IMAGE))) == (set() if lost else {"conv"})
 
 
 def test_channel_attention_subtracts_nothing():

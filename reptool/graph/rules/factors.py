@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.carriers import carried, computes_nothing
-from reptool.graph.rules.moves import PARTINGS, holders, moved_from, moves_of, numbered, run_move, run_moves
+from reptool.graph.rules.moves import PARTINGS, holders, moved_from, moves_of, numbered, run_move
+from reptool.graph.rules.open_sizes import holds_at_any_size, varying_at_any_size
 from reptool.graph.rules.shifts import PRODUCTS
 from reptool.graph.rules.slides import operator_of, output_axis
 from reptool.graph.values import arguments_of, shape_of
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
+_Numbers = tuple[Tensor, frozenset[int]]
+"""The number of its channel for every entry of a value, and the axes along which they vary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,24 +140,44 @@ def _through(reader: Reader, product: fx.Node, behind: list[fx.Node]) -> _Way | 
 
 
 def _own(way: _Way, axis: int, channels: int) -> tuple[Tensor, tuple[fx.Node, ...]] | None:
-    """Which of the source's channels are on a way, and the nodes that hold any of them; None if others read them too."""
+    """Which of the source's channels are on a way, and the nodes that hold any of them.
+
+    None if others read them too, or if it takes the example's sizes to tell.
+    """
     if any(moved_from(node) is None for node in way.moves):
         return None
-    numbers = numbered(way.source, axis)
-    own = _among(run_moves(way.moves[::-1], numbers), channels)
-    stack, held = [(way.source, numbers)], []
+    start = (numbered(way.source, axis), frozenset({axis % len(shape_of(way.source))}))
+    found: _Numbers | None = start
+    for move in way.moves[::-1]:
+        found = None if found is None else _moved(move, *found)
+    if found is None:
+        return None
+    own = _among(found[0], channels)
+    stack, held = [(way.source, start)], []
     last = way.moves[0] if way.moves else way.source
     while stack:
         node, numbers = stack.pop()
-        if not bool((own & _among(numbers, channels)).any()):
+        if not bool((own & _among(numbers[0], channels)).any()):
             continue
         onward = moves_of(node)
         others = [u for u in readers(node) if u not in onward and u.target not in PARTINGS]
         if len(others) > (node is last):
             return None
         held.append(node)
-        stack += [(move, run_move(move, numbers)) for move in onward]
+        for move in onward:
+            further = _moved(move, *numbers)
+            if further is None:
+                return None
+            stack.append((move, further))
     return own, tuple(held[1:])
+
+
+def _moved(move: fx.Node, numbers: Tensor, varies: frozenset[int]) -> _Numbers | None:
+    """The channels' numbers behind a move; None where another size may have others there, or the example has none."""
+    if not holds_at_any_size(move, varies):
+        return None
+    moved = run_move(move, numbers)
+    return (moved, varying_at_any_size(move, varies)) if moved.numel() else None
 
 
 def _among(numbers: Tensor, channels: int) -> Tensor:

@@ -119,7 +119,7 @@ def _scale_behind(draft: Draft, node: fx.Node) -> None:
         last = user
     features = _read_features(draft.reader, node, passed)
     flat = flat_scale(read[1], node, features) if passed else None
-    moved = None if flat is None or features is None else _on_axis(flat, last)
+    moved = None if flat is None else _behind(flat, passed)
     if moved is None or not last.users or folds(draft.reader, read[0], read[1]):
         return
     if all(_takes(draft.reader, user, last, moved) for user in last.users):
@@ -132,10 +132,24 @@ def _scale_behind(draft: Draft, node: fx.Node) -> None:
         draft.prune([node])
 
 
+def _behind(flat: Scale, passed: list[fx.Node]) -> Scale | None:
+    """A scale on all features of a value as one behind reshapes that leave all of them on axis 1.
+
+    Refuses:  reshapes that part or join examples, such as (b l, c) to (b, l, c), where c and l may be the same number
+    """
+    last = passed[-1]
+    return _on_axis(flat, last) if _flattens(passed) else _on_features(flat, last)
+
+
+def _flattens(passed: list[fx.Node]) -> bool:
+    """Whether reshapes end in two axes: the batch as it was, and everything else."""
+    return all(map(_keeps_batch, passed)) and len(shape_of(passed[-1])) == 2
+
+
 def _read_features(reader: Reader, node: fx.Node, passed: list[fx.Node]) -> int | None:
     """The features of a value that is flattened: they are fixed, or a layer behind the flattening reads as many."""
     known = features_of(node)
-    if known is not None or not passed or not all(map(_keeps_batch, passed)) or len(shape_of(passed[-1])) != 2:
+    if known is not None or not passed or not _flattens(passed):
         return known
     reads = [operator_of(reader, user) for user in passed[-1].users]
     return next((r[1].in_channels for r in reads if r is not None and isinstance(r[1], Conv)), None)

@@ -7,16 +7,17 @@ more, and they stay.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reptool.affine.operators import Conv
+from reptool.graph.draft import is_tensor
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.projections import gathered, projection, resized, work
 from reptool.graph.rules.shifts import PRODUCTS
 from reptool.graph.rules.worth import pays
-from reptool.graph.values import EXACT, shape_of, sizes_of
+from reptool.graph.values import EXACT, same_size, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from torch import Tensor, fx
@@ -43,11 +44,14 @@ def _merge_logits(draft: Draft, product: fx.Node, cost: Cost) -> None:
     Law:      (W x + b) . (V y) == (V' W x + V' b) . y, for each head; V' is V transposed
     Shapes:   W (h, d, i), V (h, d, j)  ->  V' W (h, j, i)
     When:     a head is at least as wide as the keys' input, and the estimate does not rise
-    Refuses:  keys with a bias (a softmax has lost it before); projections that anybody else reads
+    Refuses:  keys with a bias (a softmax has lost it before); projections that anybody else reads; one head of keys for
+              several of queries, or the other way round
     Source:   Vaswani et al. 2017, section 3.2.2
     """
     queries, keys = projection(draft, product.args[0], -2), projection(draft, product.args[1], -1)
     if queries is None or keys is None or keys.layer.outline.bias is not None:
+        return
+    if queries.channels.shape != keys.channels.shape:
         return
     heads, depth = keys.channels.shape
     many, few = sizes_of(queries.tokens)[:2], sizes_of(keys.tokens)[:2]
@@ -92,13 +96,16 @@ def _merge_result(draft: Draft, product: fx.Node, cost: Cost) -> None:
     Law:      W concat(P V y) == concat(W V) (P y), over the heads
     Shapes:   W (o, h, d), V (h, d, i)  ->  W V (o, h, i)
     When:     a head is at least as wide as the values' input, and the estimate does not rise
-    Refuses:  values with a bias (rows that sum to one have handed it on before); values that anybody else reads
+    Refuses:  values with a bias (rows that sum to one have handed it on before); values that anybody else reads; one head
+              of values for several of weights, or the other way round
     Source:   Vaswani et al. 2017, section 3.2.2
     """
     values, found = projection(draft, product.args[1], -2), gathered(draft, product)
     if values is None or found is None or values.layer.outline.bias is not None:
         return
     result, places = found
+    if not _has_heads(product.args[0], len(values.channels)) or places.shape != values.channels.shape:
+        return
     heads, depth = values.channels.shape
     few, many, out = sizes_of(values.tokens)[:2], sizes_of(result.value)[:2], result.outline.out_channels
 
@@ -118,6 +125,11 @@ def _merge_result(draft: Draft, product: fx.Node, cost: Cost) -> None:
     made = draft.insert(resized(result.outline, out, heads * values.width), joined, like=result.node)
     made.meta[EXACT] = lambda: _result_layer(values, result, places)
     draft.supersede(result.node, made)
+
+
+def _has_heads(weights: Any, heads: int) -> bool:
+    """Whether attention's weights (b, h, n, m) have so many heads, and are not repeated for them."""
+    return is_tensor(weights) and len(shape_of(weights)) == 4 and same_size(shape_of(weights)[1], heads)
 
 
 def _result_layer(values: Projection, result: Layer, places: Tensor) -> Conv:

@@ -19,6 +19,7 @@ from reptool.graph.rules.carriers import computes_nothing
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.moves import PARTINGS, at_example, numbered, numbers_along, run_move
 from reptool.graph.rules.slides import channel_axis, operator_of
+from reptool.graph.rules.sums import same_shape
 from reptool.graph.values import EXACT, arguments_of, shape_of, sizes_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def _choose(draft: Draft, softmax: fx.Node) -> None:
     Law:      a u + (1 - a) v == v + a (u - v), where softmax(l, m) == (a, 1 - a) and a == sigmoid(l - m)
     When:     the logits are the two halves of one layer's channels, or two stacked values; the weights multiply two
               stacked branches that are summed, or are picked, multiplied with one branch each, and added
-    Refuses:  a softmax over more than two; logits or weights that anybody else reads; branches of different shapes
+    Refuses:  a softmax over more than two; logits or weights that anybody else reads; branches whose shapes are not
+              the same for every input
     Source:   Li et al. 2019, Selective Kernel Networks, section 3.1
     """
     choice = _stacked(softmax) or _picked(softmax)
@@ -90,7 +92,7 @@ def _stacked(softmax: fx.Node) -> _Choice | None:
     axis = arguments_of(softmax)["dim"] % len(shape_of(softmax)) + len(shape_of(product)) - len(shape_of(softmax))
     result = _only(product, aten.sum.dim_IntList)
     branches = _branches(stack, axis)
-    if branches is None or result is None or not _sums(result, axis) or shape_of(product) != shape_of(stack):  # type: ignore[arg-type]
+    if branches is None or result is None or not _sums(result, axis) or not same_shape(product, stack):  # type: ignore[arg-type]
         return None
     totals = [user for user in stack.users if user.target is aten.sum.dim_IntList and _sums(user, axis)]  # type: ignore[union-attr]
     return _Choice(branches, result, (), tuple(totals))
@@ -130,7 +132,7 @@ def _picked(softmax: fx.Node) -> _Choice | None:
     total = _only(one.product, aten.add.Tensor)
     if total is None or total is not _only(other.product, aten.add.Tensor) or arguments_of(total)["alpha"] != 1:
         return None
-    alike = all(shape_of(node) == shape_of(total) for w in weighed for node in (w.product, w.branch))
+    alike = all(same_shape(node, total) for w in weighed for node in (w.product, w.branch))
     if one.moves != other.moves or one.product is other.product or not alike:
         return None
     return _Choice((one.branch, other.branch), total, one.moves)
@@ -228,7 +230,7 @@ def _of_pair(draft: Draft, softmax: fx.Node, one: fx.Node, other: fx.Node) -> fx
     moves: list[tuple[Any, tuple[Any, ...]]] = []
     while _is_plain_move(one) and (one.target, one.args[1:]) == (other.target, other.args[1:]) and not other.kwargs:
         below: list[fx.Node] = [one.args[0], other.args[0]]  # type: ignore[list-item]  # carriers move their first argument
-        if max(len(readers(one)), len(readers(other))) > 1 or shape_of(below[0]) != shape_of(below[1]):
+        if max(len(readers(one)), len(readers(other))) > 1 or not same_shape(*below):
             break
         moves.append((one.target, one.args[1:]))
         one, other = below

@@ -12,6 +12,7 @@ from reptool.affine.form import compose, outline
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.moves import moved_from, run_moves
+from reptool.graph.rules.open_sizes import holds_at_any_size
 from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import shape_of, sizes_of
 
@@ -69,7 +70,7 @@ def projection(draft: Draft, value: Any, tokens: int) -> Projection | None:
     """The layer that makes heads (b, h, n, d), or with the tokens on the last axis, and that nobody else reads from."""
     moves: list[fx.Node] = []
     node: fx.Node | None = value if is_tensor(value) and len(shape_of(value)) == 4 else None
-    while node is not None and len(readers(node)) == 1 and (before := moved_from(node)) is not None:
+    while node is not None and len(readers(node)) == 1 and (before := _moved(node)) is not None:
         moves.append(node)
         node = before
     layer = None if node is None else _layer(draft, node)
@@ -82,6 +83,13 @@ def projection(draft: Draft, value: Any, tokens: int) -> Projection | None:
     found = places[0, :, 0]
     same = places.shape[0] == batch and places.shape[2] == many and torch.equal(places, start + found[:, None])
     return Projection(layer, found) if same else None
+
+
+def _moved(node: fx.Node) -> fx.Node | None:
+    """The value that a node shows in another order or shape, the same way at all sizes."""
+    before = moved_from(node)
+    every = None if before is None else frozenset(range(len(shape_of(before))))
+    return before if every is not None and holds_at_any_size(node, every) else None
 
 
 def _layer(draft: Draft, node: fx.Node) -> Layer | None:
@@ -103,7 +111,7 @@ def gathered(draft: Draft, product: fx.Node) -> tuple[Layer, Tensor] | None:
     """The layer that reads all heads (b, h, n, d) as channels, and its channel for each head and place."""
     moves: list[fx.Node] = []
     node = product
-    while len(readers(node)) == 1 and moved_from(readers(node)[0]) is node:
+    while len(readers(node)) == 1 and _moved(readers(node)[0]) is node:
         node = readers(node)[0]
         moves.append(node)
     read = _reading(draft, node) if len(shape_of(node)) == 3 else None

@@ -13,11 +13,12 @@ import torch
 from torch import fx
 
 from reptool.affine.form import Form, compose, outline
-from reptool.affine.operators import Conv, Operator, Refusal, Scale
+from reptool.affine.operators import Conv, ConvTranspose, Operator, Refusal, Scale
 from reptool.graph.draft import is_tensor
 from reptool.graph.rules.concat import sole_reader
 from reptool.graph.rules.factors import factor_of, number_of
 from reptool.graph.rules.slides import operator_of
+from reptool.graph.rules.sums import same_shape
 from reptool.graph.values import arguments_of, shape_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
+_LAYERS = (Conv, ConvTranspose)
+"""What takes a scale for good; on its other side there are other channels."""
 
 
 def place_numbers(draft: Draft) -> None:
@@ -62,7 +65,7 @@ def _number_on(reader: Reader, node: fx.Node) -> tuple[fx.Node, float, float] | 
         return None
     given = arguments_of(node)
     value, number = given["self"], number_of(reader, given["other"])
-    same = is_tensor(value) and reader.tensor(value) is None and shape_of(value) == shape_of(node)
+    same = is_tensor(value) and reader.tensor(value) is None and same_shape(value, node)
     alpha = number_of(reader, given["alpha"])
     if number is None or alpha is None or not same or value.meta["val"].dtype != node.meta["val"].dtype:
         return None
@@ -86,7 +89,7 @@ def _is_taken_before(reader: Reader, value: fx.Node, user: fx.Node, scale: Scale
         return False
     return all(
         _fits(term.operator, scale)
-        and (isinstance(term.operator, Conv) or _is_taken_before(reader, term.atom, value, scale))  # type: ignore[arg-type]
+        and (isinstance(term.operator, _LAYERS) or _is_taken_before(reader, term.atom, value, scale))  # type: ignore[arg-type]
         for term in form.terms
     )
 
@@ -98,7 +101,7 @@ def _is_taken_behind(reader: Reader, node: fx.Node, scale: Scale) -> bool:
         read is not None
         and read[0] is node
         and _fits(scale, read[1])
-        and (isinstance(read[1], Conv) or _is_taken_behind(reader, user, scale))
+        and (isinstance(read[1], _LAYERS) or _is_taken_behind(reader, user, scale))
         for read, user in zip(found, node.users, strict=True)
     )
 

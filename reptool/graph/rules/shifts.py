@@ -18,16 +18,8 @@ from reptool.affine.form import compose, outline
 from reptool.affine.operators import Conv, Refusal, Scale
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.carriers import carried
-from reptool.graph.rules.moves import (
-    PARTINGS,
-    along_one_axis,
-    holders,
-    moved_from,
-    moves_of,
-    numbered,
-    run_move,
-    varying_in,
-)
+from reptool.graph.rules.moves import PARTINGS, along_one_axis, holders, moves_of, numbered, run_move
+from reptool.graph.rules.open_sizes import holds_at_any_size, varying_at_any_size
 from reptool.graph.rules.rows import SOFTMAXES, aligned, axes_of, row_sum
 from reptool.graph.rules.slides import channel_axis, operator_of
 from reptool.graph.values import arguments_of, shape_of, sizes_of
@@ -181,8 +173,9 @@ def _onward(reader: Reader, shift: Shift, user: fx.Node, position: int) -> list[
 
 
 def _moved(shift: Shift, move: fx.Node) -> Shift:
-    made = shift.numbers if moved_from(move) is not None else None
-    return shift.on(move, varying_in(move, shift.varies), None if made is None else lambda: run_move(move, made()))
+    made = shift.numbers if holds_at_any_size(move, shift.varies) else None
+    varies = varying_at_any_size(move, shift.varies)
+    return shift.on(move, varies, None if made is None else lambda: run_move(move, made()))
 
 
 def _summed(user: fx.Node, position: int, shift: Shift) -> Shift | None:

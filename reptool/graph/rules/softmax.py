@@ -15,14 +15,18 @@ from torch import fx
 from reptool.affine.form import outline, without_constant
 from reptool.affine.operators import Conv, Scale
 from reptool.graph.draft import is_tensor, readers
+from reptool.graph.rules.carriers import axis_before, carried
 from reptool.graph.rules.edits import call, replace_by
 from reptool.graph.rules.moves import numbered
 from reptool.graph.rules.rows import EXPANDS, axes_of, is_returned
-from reptool.graph.rules.shifts import SUMS, Shift, ends_of, with_shift
+from reptool.graph.rules.shifts import ATTENTION, SUMS, Shift, ends_of, with_shift
 from reptool.graph.rules.slides import LAYERS, operator_of, output_axis
+from reptool.graph.rules.sums import same_shape
 from reptool.graph.values import EXACT, OPERATOR, arguments_of, shape_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
     from reptool.affine.operators import Operator
@@ -31,6 +35,21 @@ if TYPE_CHECKING:
     from reptool.graph.rules.shifts import End
 
 aten = torch.ops.aten
+_HUGE = 1e-13 / torch.finfo(torch.float64).eps
+"""From this size on, 450, a constant is kept: float64 rounds a logit with it by more than a tenth of what a proof allows.
+
+A softmax makes of an error of a logit a relative one of a weight, so the size is compared with nothing else.
+"""
+_SUMMANDS: dict[Any, int] = {**dict.fromkeys(SUMS, 2), aten.baddbmm.default: 1}
+"""What adds its first so many arguments to its result."""
+_ENTRYWISE: tuple[Any, ...] = (
+    *SUMS,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.neg.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+)
 _REDUCTIONS: tuple[Any, ...] = (
     *(aten.max.dim, aten.min.dim, aten.amax.default, aten.amin.default),
     *(aten.mean.dim, aten.sum.dim_IntList),
@@ -55,7 +74,8 @@ def _drop_bias(draft: Draft, node: fx.Node) -> None:
     When:     every way from the value leads to a softmax that loses the bias, or behind an average to a layer that takes it; of
               a scale over something not affine, behind a sum too; of one that goes into all who read it, every way from
               one of these
-    Refuses:  a value that anybody else reads, the output included; whatever ``shifts`` cannot follow; an infinite bias
+    Refuses:  a value that anybody else reads, the output included; whatever ``shifts`` cannot follow; an infinite bias; in
+              front of a softmax, a huge one, and one whose logits have a huge constant added to a whole row
     Source:   Vaswani et al. 2017, section 3.2; Guo et al. 2021, External Attention, section 3.2;
               Woo et al. 2023, ConvNeXt V2, algorithm 1 (the shift of its response norm)
     """
@@ -65,10 +85,10 @@ def _drop_bias(draft: Draft, node: fx.Node) -> None:
         return  # without values: a layer that another rule has just made, and that keeps its bias
     axis = output_axis(read[1]) % len(shape_of(node))
     shift = Shift(node, frozenset({axis}), lambda: constant, lambda: numbered(node, axis))
-    ends = ends_of(draft.reader, shift) or _ends_of_free(draft.reader, shift, read)
+    ends = _ends(draft.reader, shift) or _ends_of_free(draft.reader, shift, read)
     if ends is None and OPERATOR in node.meta:
-        among = [user for user in readers(node) if ends_of(draft.reader, shift, [user]) is not None]
-        ends = ends_of(draft.reader, shift, among) if among else None
+        among = [user for user in readers(node) if _ends(draft.reader, shift, [user]) is not None]
+        ends = _ends(draft.reader, shift, among) if among else None
         node = node if ends is None else _apart(draft, node, among)
     if not ends:
         return
@@ -105,8 +125,65 @@ def _ends_of_free(reader: Reader, shift: Shift, read: tuple[fx.Node, Operator]) 
     before = operator_of(reader, read[0])
     if not isinstance(read[1], Scale) or (before is not None and not isinstance(before[1], Scale)):
         return None
-    ends = ends_of(reader, replace(shift, free=True))
+    ends = _ends(reader, replace(shift, free=True))
     return ends if ends and any(end.value is not shift.node for end in ends) else None
+
+
+def _ends(reader: Reader, shift: Shift, among: Sequence[fx.Node] = ()) -> list[End] | None:
+    """Where a shift ends, as ``ends_of`` has it; None too if the captured rounding of a softmax's logits depends on it.
+
+    Law:      softmax(x + c) == softmax(x) over the reals; in floating point the logits are off by |c| eps
+    Refuses:  a huge shift in front of a softmax; any shift there, if a huge constant is added to a whole row of logits
+    """
+    ends = ends_of(reader, shift, among)
+    lost = [end for end in ends or () if end.taken is None and {"dim", "attn_mask"} & arguments_of(end.reader).keys()]
+    huge = bool(lost) and shift.amount is not None and not _is_moderate(shift.amount())
+    return None if huge or any(_is_rounded(reader, end) for end in lost) else ends
+
+
+def _is_moderate(constant: Tensor) -> bool:
+    return constant.is_meta or bool((constant.abs() < _HUGE).all())
+
+
+def _is_rounded(reader: Reader, end: End) -> bool:
+    """Whether a constant is added to the logits that is huge in a whole row.
+
+    Where it is huge and negative in a part of a row, as in a mask, those weights are zero all the same.
+    """
+    if end.reader.target is ATTENTION:
+        mask = reader.constant(arguments_of(end.reader)["attn_mask"])
+        return mask is not None and _has_huge_row(mask, -1)
+    return any(_has_huge_row(constant, axis) for constant, axis in _added(reader, end))
+
+
+def _has_huge_row(constant: Tensor, axis: int) -> bool:
+    rows = constant.amax(axis) if constant.dim() >= -axis else constant
+    return not _is_moderate(rows)
+
+
+def _added(reader: Reader, end: End) -> Iterator[tuple[Tensor, int]]:
+    """The constants that are added on the way to a softmax, back to the layer or product that makes the logits.
+
+    Each comes with the softmax's axis there, counted from the right, as constants are broadcast.
+    """
+    rank = len(shape_of(end.reader))
+    axis = arguments_of(end.reader)["dim"] % rank - rank
+    for node in reversed(end.changed):
+        for position, term in enumerate(node.args[: _SUMMANDS.get(node.target, 0)]):
+            constant = _constant_of(reader, term)
+            if constant is not None:
+                yield -constant if node.target is aten.sub.Tensor and position else constant, axis
+        value = carried(node)
+        before = None if value is None else axis_before(node, axis % len(shape_of(node)))
+        if value is not None and before is not None:
+            axis = before - len(shape_of(value))
+        elif node.target not in _ENTRYWISE:
+            return
+
+
+def _constant_of(reader: Reader, term: Any) -> Tensor | None:
+    """A term of a sum, if it is a constant."""
+    return torch.tensor(float(term), dtype=torch.float64) if isinstance(term, (int, float)) else reader.constant(term)
 
 
 def _hand_on(draft: Draft, layer: fx.Node, shift: Tensor, axis: int) -> None:
@@ -151,14 +228,14 @@ def _drop_term(draft: Draft, node: fx.Node) -> None:
 
     Law:      softmax(x + c) == softmax(x), if c is constant along the axis of the softmax
     When:     the term is a finite constant, or a mean, a sum or an extreme of a value, along that axis
-    Refuses:  any other term: it may be infinite, and the row then not a number
+    Refuses:  any other term: it may be infinite, and the row then not a number; a huge constant
     Source:   Fu et al. 2019, Dual Attention Network, section 3.3, whose released code subtracts from a row's maximum
     """
     given = arguments_of(node)
     for term, other in ((given["self"], given["other"]), (given["other"], given["self"])):
-        if not _is_finite(draft.reader, term) or not _is_alone(draft.reader, node, other):
+        if not _is_bounded(draft.reader, term) or not _is_alone(draft.reader, node, other):
             continue
-        ends = ends_of(draft.reader, Shift(node, axes_of(term, len(shape_of(node)))))
+        ends = _ends(draft.reader, Shift(node, axes_of(term, len(shape_of(node)))))
         negative = node.target is aten.sub.Tensor and other is given["other"]
         if not ends or (given["alpha"] != 1 and other is given["other"]):
             continue
@@ -168,13 +245,11 @@ def _drop_term(draft: Draft, node: fx.Node) -> None:
         return
 
 
-def _is_finite(reader: Reader, term: Any) -> bool:
-    """Whether a term of a sum is known to be finite where the values are."""
-    if not isinstance(term, fx.Node):
-        return True
-    constant = reader.constant(term)
+def _is_bounded(reader: Reader, term: Any) -> bool:
+    """Whether a term of a sum is known to be finite where the values are, and no huge constant."""
+    constant = _constant_of(reader, term)
     if constant is not None:
-        return bool(torch.isfinite(constant).all())
+        return _is_moderate(constant)
     made: Any = term.args[0] if term.target in EXPANDS and not is_returned(term) else term
     made = made.args[0] if made.target is operator.getitem else made
     return made.target in _REDUCTIONS
@@ -182,6 +257,6 @@ def _is_finite(reader: Reader, term: Any) -> bool:
 
 def _is_alone(reader: Reader, node: fx.Node, other: Any) -> bool:
     """Whether a sum is as its other term, but for the values."""
-    if not is_tensor(other) or reader.tensor(other) is not None or shape_of(other) != shape_of(node):
+    if not is_tensor(other) or reader.tensor(other) is not None or not same_shape(other, node):
         return False
     return bool(other.meta["val"].dtype == node.meta["val"].dtype)

@@ -139,7 +139,8 @@ class _Walk:
             last = carrier
         if last not in self.scaled:
             self.scaled[last] = self.draft.insert(way.scale, self.copies[last], like=self.node)
-            self.draft.origin[self.scaled[last]] = self.draft.origin[last]
+            if last in self.draft.origin:  # not of a carrier that another rule lets move other values
+                self.draft.origin[self.scaled[last]] = self.draft.origin[last]
         way.reader.replace_input_with(last, self.scaled[last])
 
     def tidy(self) -> None:

@@ -16,7 +16,7 @@ from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.slides import LAYERS, operator_of
 from reptool.graph.rules.worth import pays
-from reptool.graph.values import arguments_of, shape_of, sizes_of
+from reptool.graph.values import arguments_of, same_size, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,11 +39,13 @@ def _apply_once(draft: Draft, total: fx.Node, cost: Cost) -> None:
 
     Law:      (W x + b) + (W y + b) == W (x + y) + 2 b
     When:     two or more terms have the same weights and geometry, and the estimate does not rise
-    Refuses:  terms that anybody else reads; values of different shapes
+    Refuses:  terms that anybody else reads, and one term twice, which is a factor; values whose shapes are not the same
+              for every input
     Source:   Woo et al. 2018, CBAM, equation 2 (its shared network is linear behind the ReLU)
     """
     terms = _terms(total)
-    alike = max(([t for t in terms if _key(t) == _key(first)] for first in terms), key=len)
+    layers = [t for t in terms if _is_layer(t) and terms.count(t) == 1]
+    alike = max(([t for t in layers if _are_alike(t, first)] for first in layers), key=len, default=[])
     if len(alike) < 2 or not _pays(draft, alike, cost):
         return
     layer, given = alike[0], arguments_of(alike[0])
@@ -70,7 +72,7 @@ def _terms(node: fx.Node) -> list[Any]:
 
 def _is_inner(node: fx.Node) -> bool:
     """Whether a plain sum is read by another one alone, of the same shape."""
-    return len(node.users) == 1 and all(_is_plain(n) and shape_of(n) == shape_of(node) for n in (node, *node.users))
+    return len(node.users) == 1 and all(_is_plain(n) and same_shape(n, node) for n in (node, *node.users))
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -79,7 +81,7 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _fits(value: Any, node: fx.Node) -> bool:
-    return is_tensor(value) and shape_of(value) == shape_of(node)
+    return is_tensor(value) and same_shape(value, node)
 
 
 def _is_zero(value: Any) -> bool:
@@ -87,11 +89,21 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-def _key(term: Any) -> Any:
-    """What makes two terms the same layer on values of the same shape; unlike any other, if it is none."""
-    if not isinstance(term, fx.Node) or term.target not in LAYERS or len(readers(term)) > 1 or term.kwargs:
-        return id(term)
-    return term.target, term.args[1:], shape_of(term.args[0])  # type: ignore[arg-type]  # a layer's value
+def same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two values have the same shape for every input, and not by chance in the example."""
+    first, second = shape_of(one), shape_of(other)
+    return len(first) == len(second) and all(map(same_size, first, second))
+
+
+def _is_layer(term: Any) -> bool:
+    """Whether a term is a layer that nobody else reads."""
+    return isinstance(term, fx.Node) and term.target in LAYERS and len(readers(term)) == 1 and not term.kwargs
+
+
+def _are_alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two terms are the same layer on values of the same shape."""
+    same = one.target is other.target and one.args[1:] == other.args[1:]
+    return same and same_shape(one.args[0], other.args[0])  # type: ignore[arg-type]  # a layer's value
 
 
 def _pays(draft: Draft, alike: Sequence[fx.Node], cost: Cost) -> bool:

@@ -1,0 +1,26 @@
+"""Whether a rewrite of the draft pays; where it does not, the report says by how much."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reptool.graph.cost import macs, rise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import fx
+
+    from reptool.graph.cost import Cost
+    from reptool.graph.draft import Draft
+
+    Prices = Callable[[Cost], tuple[float, float]]
+    """What the nodes cost as they are, and what they would cost rewritten."""
+
+
+def pays(draft: Draft, cost: Cost, prices: Prices, nodes: Sequence[fx.Node]) -> bool:
+    """Whether the estimate does not rise; if it does, the draft notes that the nodes, in order, are kept apart."""
+    before, after = prices(cost)
+    if after > before:
+        draft.keep_apart(nodes, rise((before, after), prices(macs)))
+    return after <= before
