@@ -14,7 +14,19 @@ from torch import Tensor, fx
 
 from reptool.affine.form import Form, Term
 from reptool.affine.operators import Refusal
-from reptool.graph.read_channels import Reading, add, batch_norm, div, identity, mul, name_of, sub
+from reptool.graph.read_channels import (
+    Reading,
+    add,
+    batch_norm,
+    div,
+    identity,
+    instance_norm,
+    mul,
+    name_of,
+    neg,
+    rsub,
+    sub,
+)
 from reptool.graph.read_matrices import addmm, einsum, linear, matmul
 from reptool.graph.read_windows import avg_pool, conv, crop, pad, transposed
 from reptool.graph.values import EXACT, OPERATOR, Weights, arguments_of
@@ -130,8 +142,11 @@ _TABLE: dict[Any, Callable[[Reader, fx.Node, dict[str, Any]], Reading]] = {
     aten.batch_norm.default: batch_norm,
     **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), identity),
     **dict.fromkeys((aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default), identity),
+    aten.instance_norm.default: instance_norm,
     aten.add.Tensor: add,
     aten.sub.Tensor: sub,
+    **dict.fromkeys((aten.rsub.Scalar, aten.rsub.Tensor), rsub),
+    aten.neg.default: neg,
     aten.mul.Tensor: mul,
     aten.div.Tensor: div,
     **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default), avg_pool),

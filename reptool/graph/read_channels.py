@@ -47,6 +47,11 @@ def batch_norm(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     return one(v["input"], norm_is_scale(double(BatchNorm(mean, var, weight, bias, v["eps"], axis))))
 
 
+def instance_norm(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """An instance norm that tracked its statistics, in evaluation: a batch norm."""
+    return batch_norm(reader, node, {**v, "training": v["use_input_stats"]})
+
+
 def identity(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     """What returns its input: a copy, a dropout in evaluation."""
     if v.get("train"):
@@ -65,6 +70,16 @@ def add(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
 def sub(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     """A difference."""
     return _sum(reader, node, v, -1.0)
+
+
+def rsub(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """A number minus a value."""
+    return _sum(reader, node, {**v, "self": v["other"], "other": v["self"]}, -1.0)
+
+
+def neg(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
+    """A value with its sign changed."""
+    return _scaled(reader, node, v["self"], -1.0, invert=False)
 
 
 def _sum(reader: Reader, node: fx.Node, v: dict[str, Any], sign: float) -> Reading:

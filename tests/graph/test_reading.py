@@ -123,6 +123,16 @@ FUSIBLE = {
         {"ConvTranspose2d": 1},
     ),
     "orthogonal": (lambda: seq(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2)), ROWS, {"Linear": 1}),
+    "sign": (lambda: seq(CONV(4, 6, 3), Lambda(lambda s, x: -x)), IMAGE, {"Conv2d": 1}),
+    "number minus": (lambda: seq(CONV(4, 6, 3), Lambda(lambda s, x: 1 - x)), IMAGE, {"Conv2d": 1}),
+    "vector minus": (lambda: held(lambda s, x: s.g - x @ s.w, w=(4, 6), g=(6,)), ROWS, {"Linear": 1}),
+    "tracked instance norm": (
+        lambda: seq(CONV(4, 6, 3), nn.InstanceNorm2d(6, affine=True, track_running_stats=True)),
+        IMAGE,
+        {"Conv2d": 1},
+    ),
+    "transposed of stride 1 behind dropout": (lambda: seq(nn.Dropout(), UP2(4, 6, 1)), IMAGE, {"ConvTranspose2d": 1}),
+    "pool behind dropout": (lambda: seq(nn.Dropout(), nn.AvgPool2d(2)), IMAGE, {"avg_pool2d": 1}),
     "border of the image of zero": (lambda: padded(-1.0, Lambda(twice_minus_one)), IMAGE, {"pad": 1, "Conv2d": 1}),
     "border of the bias": (lambda: padded(-2.0, constant_bias(-2.0)), IMAGE, {"pad": 1, "Conv2d": 1}),
 }

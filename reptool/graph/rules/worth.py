@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from reptool.graph.cost import macs, rise
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def pays(draft: Draft, cost: Cost, prices: Prices, nodes: Sequence[fx.Node]) -> bool:
-    """Whether the estimate does not rise; if it does, the draft notes that the nodes, in order, are kept apart."""
+    """Whether the estimate is a number and does not rise; else the draft notes that the nodes, in order, are kept apart."""
     before, after = prices(cost)
-    if after > before:
-        draft.keep_apart(nodes, rise((before, after), prices(macs)))
-    return after <= before
+    if isfinite(after) and after <= before:
+        return True
+    draft.keep_apart(nodes, rise((before, after), prices(macs)))
+    return False
