@@ -15,6 +15,7 @@ from reptool.graph.rules.heads import merge_heads
 from reptool.graph.rules.memories import merge_memories
 from reptool.graph.rules.pairs import choose_by_sigmoid
 from reptool.graph.rules.permutations import absorb_permutations
+from reptool.graph.rules.products import write_out_products
 from reptool.graph.rules.residuals import add_identities
 from reptool.graph.rules.scalars import place_numbers
 from reptool.graph.rules.siblings import stack_siblings
@@ -38,6 +39,7 @@ def revise(draft: Draft, cost: Cost) -> None:
     """
     tidy(draft)
     write_out_sums(draft)
+    write_out_products(draft)
     place_numbers(draft)
     absorb_permutations(draft)
     scale_branches(draft)

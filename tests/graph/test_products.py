@@ -1,0 +1,100 @@
+"""Einstein sums of two computed values: as products, so that attention in that spelling is fused like any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import Lambda, error, fused_equal, noise, operators, randomised
+from torch import nn
+
+from reptool.errors import NotEquivalentError
+from reptool.fusion import fuse
+from reptool.graph.rules import products
+from reptool.proof.region import TOLERANCE
+
+
+def attention(heads: int, width: int, depth: int):
+    """Attention whose products are Einstein sums over heads (b, n, h, d)."""
+
+    def forward(s, x):
+        q, k, v = (layer(x).view(*x.shape[:2], heads, depth) for layer in (s.q, s.k, s.v))
+        maps = (torch.einsum("bqhd,bkhd->bhqk", q, k) * depth**-0.5).softmax(-1)
+        return s.o(torch.einsum("bhqk,bkhd->bqhd", maps, v).reshape(*x.shape[:2], heads * depth))
+
+    inner = heads * depth
+    layers = {name: nn.Linear(width, inner) for name in "qkv"}
+    return randomised(Lambda(forward, **layers, o=nn.Linear(inner, width)))
+
+
+def test_bias_of_keys_is_dropped():
+    """What a softmax loses is dropped in this spelling too, and no Einstein sum is left."""
+    model = attention(2, 12, 6)
+    fused = fused_equal(model, noise(2, 7, 12))
+    assert error(model, fused, noise(3, 5, 12)) <= TOLERANCE
+    assert "k.bias" not in fused.state_dict()
+    assert "v.bias" not in fused.state_dict()
+    assert "einsum" not in operators(fused)
+
+
+def test_wide_heads_are_merged():
+    """Four projections of heads as wide as the model become two."""
+    model = attention(4, 32, 32)
+    fused = fused_equal(model, noise(2, 9, 32))
+    assert error(model, fused, noise(3, 14, 32)) <= TOLERANCE
+    assert operators(fused)["Linear"] == 2
+
+
+SUMS = {
+    "rows and columns": ("bik,bkj->bij", (2, 3, 4), (2, 4, 5)),
+    "the other way round": ("bik,bkj->bji", (2, 3, 4), (2, 4, 5)),
+    "batch last": ("ikb,jkb->ijb", (3, 4, 2), (5, 4, 2)),
+    "two axes of a batch": ("bhik,bjhk->bhij", (2, 3, 4, 6), (2, 5, 3, 6)),
+    "no batch": ("ik, jk -> ij", (3, 4), (5, 4)),
+}
+
+
+def summed(equation):
+    """Two inputs and their sum."""
+    return Lambda(lambda s, x, y: torch.einsum(equation, x.tanh(), y.tanh())).eval()
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sum_is_a_product(name):
+    """The value is the same, and one product stands where the sum stood."""
+    equation, *shapes = SUMS[name]
+    model, inputs = summed(equation), [noise(*shape, seed=i) for i, shape in enumerate(shapes)]
+    fused = fuse(model, tuple(inputs))
+    assert operators(fused)["matmul"] == 1
+    assert "einsum" not in operators(fused)
+    expected = model(*inputs)
+    assert float((fused(*inputs) - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+
+
+OTHERS = {
+    "a diagonal": ("bii,bij->bj", (2, 3, 3), (2, 3, 4)),
+    "two sums": ("bijk,bijl->bkl", (2, 3, 4, 5), (2, 3, 4, 6)),
+    "an outer product": ("bi,bj->bij", (2, 3), (2, 4)),
+    "a sum on one side": ("bik,bj->bj", (2, 3, 4), (2, 5)),
+    "an ellipsis": ("...ik,...kj->...ij", (2, 3, 4), (2, 4, 5)),
+    "a size that is broadcast": ("bik,bkj->bij", (2, 3, 1), (2, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_sums_stay(name):
+    """What is no batch of products of matrices stays as it is."""
+    equation, *shapes = OTHERS[name]
+    model, inputs = summed(equation), [noise(*shape, seed=i) for i, shape in enumerate(shapes)]
+    fused = fuse(model, tuple(inputs))
+    assert operators(fused)["einsum"] == 1
+    assert torch.equal(fused(*inputs), model(*inputs))
+
+
+def test_planted_fault_is_caught(monkeypatch):
+    """Control: axes in another order than the equation says fail the proof."""
+    real = products._permuted
+    monkeypatch.setattr(
+        products, "_permuted", lambda d, n, v, letters, wanted: real(d, n, v, letters, [*wanted[:-2], *wanted[:-3:-1]])
+    )
+    with pytest.raises(NotEquivalentError, match="not equal after fusing"):
+        fuse(summed("bik,bkj->bij"), (noise(2, 4, 4), noise(2, 4, 4, seed=2)))
