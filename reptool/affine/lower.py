@@ -36,7 +36,7 @@ def identity_is_scale(identity: Identity) -> Scale:
 
     Law:      x == 1 * x
     """
-    return Scale(torch.ones(identity.channels, dtype=torch.float64))
+    return Scale(torch.ones(identity.channels, dtype=torch.float64), axis=identity.axis)
 
 
 def scale_is_conv(scale: Scale, rank: int) -> Conv | Refusal:

@@ -34,9 +34,10 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """The map that changes nothing."""
+    """The map that changes nothing; ``axis`` as in Scale."""
 
     channels: int
+    axis: int = 1
 
 
 @dataclass(frozen=True, eq=False)

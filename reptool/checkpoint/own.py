@@ -198,13 +198,13 @@ def _declared(example_inputs: Callable[[], Any], model: str) -> tuple[Tensor, ..
         why = f"{type(error).__name__}: {error}"
         raise InputError("example_inputs() failed", at=model, why=why, do="let it work without arguments") from error
     wrong = not isinstance(given, tuple) or not given
-    kinds = [type(given).__name__] if wrong else [_kind(x) for x in given]
+    kinds = type(given).__name__ if wrong else f"a tuple of {', '.join(map(_kind, given))}"
     if wrong or not all(isinstance(x, Tensor) and x.dim() for x in given):
         raise InputError(
-            f"example_inputs() returned {', '.join(kinds)}" + (" of length 0" if given == () else ""),
+            f"example_inputs() returned {kinds}" + (" of length 0" if given == () else ""),
             at=model,
             why="it has to be a tuple of tensors, one for each argument of forward, the batch first",
-            do="return such a tuple, as in (torch.zeros(2, 1, 28, 28),)",
+            do="return such a tuple, as in (torch.zeros(2, 1, 28, 28),); reptool.fuse in Python takes other structures",
         )
     return given  # type: ignore[no-any-return]
 

@@ -45,13 +45,13 @@ class Source:
     inputs: tuple[Tensor, ...] = ()
 
     def example(self) -> tuple[Tensor, ...]:
-        """One input, or one for each argument.
+        """One input, or one for each argument: floating ones are drawn, others are the network's own examples.
 
         Shapes:  (2, channels, h, w), or those of ``inputs``
         """
         generator = torch.Generator().manual_seed(0)
-        shapes = [tuple(x.shape) for x in self.inputs] or [(2, self.channels, *self.size)]
-        return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
+        given = self.inputs or (torch.zeros(2, self.channels, *self.size),)
+        return tuple(torch.randn(*x.shape, generator=generator) if x.is_floating_point() else x.clone() for x in given)
 
 
 def open_source(

@@ -48,10 +48,11 @@ def verify(
 
     reference = open_source(a, model, img_size, eps=eps, weights=options["weights"])
     example = reference.example()
-    images = len(example) == 1 and example[0].dim() == 4
+    images = len(example) == 1 and example[0].dim() == 4 and example[0].is_floating_point()
     candidate, own_noise, fixed = _candidate(b, model, eps, images=images)
     if not images:
-        sizes: list[Any] = [tuple((len(x) + more, *x.shape[1:]) for x in example) for more in (0, 1)]
+        batches = [fixed[0]] if fixed[0] else [len(example[0]) + more for more in (0, 1)]
+        sizes: list[Any] = [tuple((batch, *x.shape[1:]) for x in example) for batch in batches]
     else:
         sizes = _sizes(reference.reference, img_size, fixed)
     checks = verify_models(
@@ -60,6 +61,7 @@ def verify(
         sizes,
         own_noise or reference.module,
         name=b.suffix.lstrip("."),
+        like=example,
     )
     verdict = Verdict(end_to_end=tuple(checks))
     if options["as_json"]:
@@ -84,11 +86,13 @@ def _candidate(
     """What to run for B; the network whose noise is the measure, if B is one; the shape it asks for, None where free."""
     if path.suffix == ".onnx":
         from reptool.formats.runners import onnx_runner  # noqa: PLC0415
-        from reptool.runtime import open_model  # noqa: PLC0415
+        from reptool.runtime import input_shapes, open_model  # noqa: PLC0415
 
-        fixed = open_model(path).input_shape if images else None
-        batch, _, height, width = fixed or (None,) * 4
-        return onnx_runner(path), None, (batch, height, width)
+        if images:
+            batch, _, height, width = open_model(path).input_shape
+            return onnx_runner(path), None, (batch, height, width)
+        batch = next((shape[0] for shape in input_shapes(path) if shape), None)
+        return onnx_runner(path), None, (batch, None, None)
     from reptool.checkpoint.load import module_of  # noqa: PLC0415
     from reptool.checkpoint.own import build_own, is_own  # noqa: PLC0415
     from reptool.checkpoint.read import read_checkpoint  # noqa: PLC0415

@@ -90,13 +90,14 @@ def export(
 
     The file is held to the float64 run of ``reference`` (default: the module itself) at two batch sizes and, where
     height and width are left open, at two image sizes; ``null_model`` (default: the module) gives the noise. Its
-    metadata ends with the verdict and, in ONNX, a digest of all that stands before.
+    metadata ends with the verdict and, in ONNX, a digest of all that stands before. Floating inputs are drawn, others
+    made of the rows of the example.
 
     **Shapes**: the first axis of every example is the batch. **Raises**: NotEquivalentError, or with ``strict``
     InconclusiveError, and no file is there;
     ExportError, InputError, MissingPackageError and OutputError before or while writing, likewise.
     """
-    _check_request(module, example, format)
+    _check_request(module, example, format, dynamic)
     check_options(opset, dynamic, simplify)
     target = check_target(path, overwrite, input_path)
     need(*(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()))
@@ -118,16 +119,23 @@ def export(
     return ExportReport(target, verdict, record, job.seconds)
 
 
-def _check_request(module: nn.Module, example: tuple[Tensor, ...], format: str) -> None:  # noqa: A002
+def _check_request(module: nn.Module, example: tuple[Tensor, ...], format: str, dynamic: str) -> None:  # noqa: A002
     """Refuse before anything is computed."""
     if format not in FORMATS:
         raise ExportError(f"the format {format!r} is not known", do=f"choose one of {', '.join(FORMATS)}")
     for index, x in enumerate(example):
-        if not x.is_floating_point() or x.dim() < 2:
+        what = f"example input {index} is {x.dtype} of shape {tuple(x.shape)}"
+        if x.dim() < (2 if x.is_floating_point() else 1) or not len(x):
             raise InputError(
-                f"example input {index} is {x.dtype} of shape {tuple(x.shape)}",
-                why="inputs to compare on are drawn at random, so each has to be floating with its batch first",
+                what,
+                why="inputs to compare on are drawn at random, or rows of the example, so each has its batch first",
                 do="wrap the model so that it takes such tensors",
+            )
+        if dynamic == "hw" and not x.is_floating_point():
+            raise InputError(
+                what,
+                why="at another height and width it would have to be drawn, and which values it may have is not known",
+                do="export with --dynamic batch",
             )
     if not example:
         raise InputError("there are 0 example inputs", do="pass at least one")
@@ -170,7 +178,15 @@ def _verify(job: _Job, path: Path, record: ExportRecord) -> Verdict:
         candidate, values = _candidate(job, path)
         count = enough_inputs(values)
         sizes = _sizes(job, count)
-        checks = verify_models(job.reference, candidate, sizes, job.null_model, name=_RUNTIME[job.format], inputs=count)
+        checks = verify_models(
+            job.reference,
+            candidate,
+            sizes,
+            job.null_model,
+            name=_RUNTIME[job.format],
+            inputs=count,
+            like=job.example,
+        )
     return Verdict(end_to_end=tuple(checks))
 
 

@@ -59,7 +59,8 @@ def identity(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     value = v.get("input", v.get("self"))
     if not isinstance(value, fx.Node) or reader.tensor(value) is not None or len(shape_of(value)) < 2:
         return Refusal("it has no channel axis")
-    return one(value, Identity(channels_of(value)))
+    axis = _axis(value)
+    return one(value, Identity(example_size(shape_of(value)[axis]), axis))
 
 
 def add(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
@@ -125,7 +126,7 @@ def _axis(node: fx.Node) -> int:
 def _times(node: fx.Node, factor: float) -> Operator:
     channels = int(shape_of(node)[_axis(node)])
     if factor == 1:
-        return Identity(channels)
+        return Identity(channels, _axis(node))
     return Scale(torch.full((channels,), factor, dtype=torch.float64), None, _axis(node))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reptool.graph.rules.borders import read_borders
 from reptool.graph.rules.centring import centre_maps
 from reptool.graph.rules.concat import scale_branches
 from reptool.graph.rules.edits import tidy
@@ -38,6 +39,7 @@ def revise(draft: Draft, cost: Cost) -> None:
     Constants are dropped last: only then is known which layers have one, as a norm's shift went into what follows it.
     """
     tidy(draft)
+    read_borders(draft)
     write_out_sums(draft)
     write_out_products(draft)
     place_numbers(draft)

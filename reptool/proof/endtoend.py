@@ -118,6 +118,15 @@ def inputs_for(shape: Sequence[int], n: int = INPUTS, seed: int = 0) -> Tensor:
     return batch
 
 
+def rows_of(example: Tensor, shape: Sequence[int], n: int) -> Tensor:
+    """The rows of an example, in turn, as often as it takes.
+
+    **Shapes**: ``shape`` is one sample's, and has to be the example's; the result is (n, *shape), in its dtype.
+    """
+    assert tuple(shape) == tuple(example.shape[1:]), "examples that are not floating have one sample size"  # noqa: S101
+    return example[torch.arange(n) % len(example)]
+
+
 def verify_models(
     reference: nn.Module,
     candidate: Callable[..., Any],
@@ -128,14 +137,18 @@ def verify_models(
     seed: int = 0,
     name: str = "torch",
     inputs: int = INPUTS,
+    like: Sequence[Tensor] = (),
 ) -> list[EndToEnd]:
     """The candidate against the float64 run of the reference, at each size.
 
     ``null_model`` is the network whose dithered copies, around its own float64 run, give the noise: the fused network
     as torch runs it. A single input is enough for no statistics, so at least eight (at further
     image sizes, four) go through the candidate in batches of the size asked for.
+    Where an entry of ``like`` is no floating tensor, such as ids or a mask, that input is made of its rows, in turn:
+    which other values the model would take cannot be known.
 
-    **Shapes**: a size is the input's shape (n, *sample), or a tuple of such shapes for a model of several inputs.
+    **Shapes**: a size is the input's shape (n, *sample), or a tuple of such shapes for a model of several inputs;
+    ``like`` has an example of each input, (any n, *sample), or is left out if all are floating.
     """
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for size in sizes:
@@ -145,7 +158,11 @@ def verify_models(
     for index, (samples, batches) in enumerate(groups.items()):
         least = inputs if index == 0 else min(inputs, EXTRA_INPUTS)
         count = -(-least // batches[0]) * batches[0]
-        images = tuple(inputs_for(s, count, seed + 1000 * index + k) for k, s in enumerate(samples))
+        images = tuple(
+            rows_of(like[k], s, count) if like and not like[k].is_floating_point() else inputs_for(s, count, draw + k)
+            for draw in (seed + 1000 * index,)
+            for k, s in enumerate(samples)
+        )
         group = _Group(
             reference, null_model, images, probability, range(seed, seed + (EXTRA_COPIES if index else COPIES))
         )
@@ -161,7 +178,7 @@ class _Group:
     ) -> None:
         self.reference, self.null_model, self.probability, self.seeds = reference, null_model, probability, seeds
         self.dtype = _dtype(null_model)
-        self.inputs = tuple(x.to(self.dtype) for x in inputs)
+        self.inputs = tuple(x.to(self.dtype) if x.is_floating_point() else x for x in inputs)
         self.whole = self._compute(len(inputs[0]))
 
     def check(self, candidate: Callable[..., Any], batch: int, name: str) -> EndToEnd:

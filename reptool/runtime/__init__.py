@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from reptool.runtime.bench import BenchRow, benchmark
     from reptool.runtime.classify import Prediction, Report, Row, class_names, predict
     from reptool.runtime.images import BadImage, Decoded, Preprocess, find_images, load_image
-    from reptool.runtime.session import Model, open_model
+    from reptool.runtime.session import Model, input_shapes, open_model
 
 __all__ = [
     "BadImage",
@@ -26,13 +26,14 @@ __all__ = [
     "benchmark",
     "class_names",
     "find_images",
+    "input_shapes",
     "load_image",
     "open_model",
     "predict",
 ]
 
 _HOMES = {
-    "session": ("Model", "open_model"),
+    "session": ("Model", "input_shapes", "open_model"),
     "images": ("BadImage", "Decoded", "Preprocess", "find_images", "load_image"),
     "classify": ("Prediction", "Report", "Row", "class_names", "predict"),
     "bench": ("BenchRow", "benchmark"),

@@ -118,23 +118,44 @@ def open_model(path: str | Path, threads: int | None = None, graph_optimization:
     """
     path = Path(path)
     digest = _digest(path)
-    ort = require("onnxruntime")
-    options = _options(ort, threads, graph_optimization)
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise _refused(path, error) from error
+    session = _session(path, threads, graph_optimization)
     only = _only_input(path, session)
     return Model(
         session=session,
         path=path,
         input_name=only.name,
-        input_shape=tuple(size if isinstance(size, int) else None for size in only.shape),
+        input_shape=_shape(only),
         input_type=only.type,
         output_name=session.get_outputs()[0].name,
         metadata=dict(session.get_modelmeta().custom_metadata_map),
         sha256=digest,
     )
+
+
+def input_shapes(path: str | Path) -> tuple[tuple[int | None, ...], ...]:
+    """The shape of each input of an ONNX file, whatever it takes; None where a size is free.
+
+    Raises:  InputError, if the file is missing, empty, damaged, not ONNX, or newer than the runtime;
+             MissingPackageError, without onnxruntime
+    """
+    path = Path(path)
+    _digest(path)
+    return tuple(_shape(each) for each in _session(path, None, "all").get_inputs())
+
+
+def _session(path: Path, threads: int | None, graph_optimization: str) -> Any:
+    """A session on the CPU; a refusal to load says what it means."""
+    ort = require("onnxruntime")
+    options = _options(ort, threads, graph_optimization)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise _refused(path, error) from error
+
+
+def _shape(entry: Any) -> tuple[int | None, ...]:
+    """The sizes of an input; a free one has a name, which is left out."""
+    return tuple(size if isinstance(size, int) else None for size in entry.shape)
 
 
 def _options(ort: Any, threads: int | None, graph_optimization: str) -> Any:

@@ -144,8 +144,8 @@ BAD = [
     ("listed", r"example_inputs\(\) returned list\n"),
     ("empty", r"example_inputs\(\) returned tuple of length 0"),
     ("single", r"example_inputs\(\) returned Tensor\n"),
-    ("number", r"returned a tensor of shape \(2, 3, 8, 8\), int\n"),
-    ("scalar", r"returned a tensor of shape \(\)\n(.|\n)*the batch first"),
+    ("number", r"returned a tuple of a tensor of shape \(2, 3, 8, 8\), int\n"),
+    ("scalar", r"returned a tuple of a tensor of shape \(\)\n(.|\n)*the batch first"),
     ("raising", r"example_inputs\(\) failed\n(.|\n)*ZeroDivisionError"),
     ("channels", r"does not take what its example_inputs\(\) returns\n(.|\n)*expected input"),
 ]

@@ -146,12 +146,14 @@ def test_unknown_options_are_refused(net, tmp_path, options, text):
 
 
 def test_unfit_requests_are_refused(net, tmp_path):
-    """Training mode, integer inputs, no inputs, an existing target and an open height that is not there."""
+    """Training mode, integers without a batch or with an open height, no inputs, an existing target and an open height that is not there."""
     path = tmp_path / "a.onnx"
     with pytest.raises(ExportError, match=r"training mode\n.*0 \(Block\)|training mode"):
         export(training_net(0).train(), path, X)
-    with pytest.raises(InputError, match=r"torch.int64 of shape \(1, 4\)"):
-        export(net[0], path, (torch.ones(1, 4, dtype=torch.int64),))
+    with pytest.raises(InputError, match=r"torch.int64 of shape \(\)"):
+        export(net[0], path, (torch.tensor(1),))
+    with pytest.raises(InputError, match=r"torch.int64 of shape \(1, 3, 8, 8\)\n.*\n.*--dynamic batch"):
+        export(net[0], path, (torch.ones(1, 3, 8, 8, dtype=torch.int64),), dynamic="hw")
     with pytest.raises(InputError, match="0 example inputs"):
         export(net[0], path, ())
     with pytest.raises(ExportError, match="has no width"):

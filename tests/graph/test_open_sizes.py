@@ -94,3 +94,17 @@ def test_sizes_that_became_equal_are_a_condition():
     assert error(model, fused, noise(3, 8, 5, 5)) <= TOLERANCE
     with pytest.raises(InputError, match=r"inputs_0\.shape"):
         fused(noise(2, 8, 4, 6))
+
+
+def twice(s, x):
+    """A sum of a value with itself, over tokens of open number, in front of a layer that reads their axis."""
+    tokens = x.flatten(2).transpose(1, 2)
+    y = (tokens * tokens) * 1
+    return s.conv(y + y)
+
+
+def test_a_value_plus_itself_is_scaled_on_an_axis_of_fixed_size():
+    """An identity has the axis of its channels: where the tokens are open that is the last one."""
+    model = randomised(Lambda(twice, conv=nn.Conv1d(20, 6, 2, groups=2)))
+    fused = reptool.fuse(model, (noise(2, 4, 5, 4),))
+    assert error(model, fused, noise(3, 4, 5, 4)) <= TOLERANCE

@@ -109,6 +109,27 @@ def _nan(x):
     return x
 
 
+def test_inputs_that_are_not_floating_are_rows_of_the_example():
+    """Every batch is made of the rows in turn, in their dtype, and floating inputs beside them are drawn."""
+    seen = []
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(4, 6)
+
+        def forward(self, ids, factor):
+            seen.append((ids, factor))
+            return self.table(ids) * factor
+
+    model, example = Table().eval(), (torch.tensor([[3, 0], [1, 1], [2, 3]]), torch.zeros(3, 1, 1))
+    checks = verify_models(model, model, [((4, 2), (4, 1, 1))], model, like=example)
+    assert [c.passed for c in checks] == [True]
+    assert {ids.dtype for ids, _ in seen} == {torch.int64}
+    assert {tuple(ids[:, 0].tolist()) for ids, _ in seen} >= {(3, 1, 2, 3), (1, 2, 3, 1)}
+    assert all(factor.any() for _, factor in seen)
+
+
 R = torch.linspace(-1, 1, 40, dtype=torch.float64).view(4, 10)
 
 

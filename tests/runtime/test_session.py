@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from runtime.tiny import classifier, recorded, save
 
 from reptool.errors import InputError, MissingPackageError
-from reptool.runtime import open_model
+from reptool.runtime import input_shapes, open_model
 
 
 def ones(*shape):
@@ -113,6 +113,30 @@ def test_bad_file_is_named(tmp_path, capfd, make, message):
     path = make(tmp_path / "bad.onnx")
     with pytest.raises(InputError, match=message) as caught:
         open_model(path)
+    assert caught.value.at.startswith(str(path))
+    assert capfd.readouterr() == ("", "")
+
+
+SHAPED = [
+    (ranked, [(None, 3)]),
+    (whole_numbers, [(None, 3, 4, 4)]),
+    (lambda path: classifier(path, inputs=2), [(None, 3, None, None)] * 2),
+]
+UNREADABLE = [BAD_FILES[index] for index in (*range(7), 10)]
+
+
+@pytest.mark.parametrize(("make", "shapes"), SHAPED)
+def test_input_shapes_are_read_of_any_model(tmp_path, make, shapes):
+    """A file that onnxruntime loads says what it takes, whether images or not."""
+    assert list(input_shapes(make(tmp_path / "any.onnx"))) == shapes
+
+
+@pytest.mark.parametrize(("make", "message"), UNREADABLE)
+def test_shapes_of_a_file_that_does_not_load_are_refused(tmp_path, capfd, make, message):
+    """What does not load is refused with the file's path, as on opening it."""
+    path = make(tmp_path / "bad.onnx")
+    with pytest.raises(InputError, match=message) as caught:
+        input_shapes(path)
     assert caught.value.at.startswith(str(path))
     assert capfd.readouterr() == ("", "")
 
