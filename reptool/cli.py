@@ -19,7 +19,7 @@ from reptool.commands.fuse import fuse
 from reptool.commands.inspect import inspect
 from reptool.commands.models import models
 from reptool.commands.verify import verify
-from reptool.errors import CaptureError, ReptoolError
+from reptool.errors import ReptoolError
 from reptool.runtime.commands import bench, run
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _code(arguments: list[str], *, debug: bool) -> int:
 def _explain(error: BaseException) -> int:
     """Print what went wrong; the exit code for it."""
     if isinstance(error, ReptoolError):
-        click.echo(f"reptool: error: {_for_the_command_line(error)}", err=True)
+        click.echo(f"reptool: error: {error}", err=True)
         return error.exit_code
     if isinstance(error, SystemExit):
         return int(error.code or 0) if isinstance(error.code, (int, type(None))) else FAULT
@@ -136,14 +136,6 @@ def _explain(error: BaseException) -> int:
     )
     click.echo(f"reptool: error: {text}", err=True)
     return FAULT
-
-
-def _for_the_command_line(error: ReptoolError) -> ReptoolError:
-    """The error; advice that names the argument ``only`` says that it is one of the Python call, and no option."""
-    if not isinstance(error, CaptureError) or "only=[" not in (error.do or ""):
-        return error
-    call = f"{error.do}; only= is an argument of the Python call reptool.fuse, see docs/own-networks.md"
-    return CaptureError(error.what, at=error.at, why=error.why, do=call)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:

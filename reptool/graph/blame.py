@@ -73,9 +73,10 @@ def parts_around(model: nn.Module, path: str | None) -> list[str]:
 def advice(error: BaseException, model: nn.Module) -> str:
     """What to do about a model that is no graph as a whole."""
     around = ", ".join(f'"{name}"' for name in parts_around(model, place(error, model)[0]))
-    fuse = f"fuse the parts around it with only=[{around}]" if around else ""
+    python = "only= is an argument of the Python call reptool.fuse, see docs/own-networks.md"
+    fuse = f"fuse the parts around it with only=[{around}]; {python}" if around else ""
     if is_data_dependent(error):
-        return ", or ".join(filter(None, (fuse, "make that part independent of the data")))
+        return ", or ".join(filter(None, ("make that part independent of the data", fuse)))
     return "; if it does, ".join(filter(None, ("check that the model takes these inputs", fuse)))
 
 

@@ -1,6 +1,6 @@
 """An eval-mode ``nn.Module`` as a functional graph of ATen operators, or why it cannot be one.
 
-The only place that calls ``torch.export``. Batch, height and width stay symbolic where the model lets them.
+Sizes stay symbolic where the model lets them; see ``reptool.graph.export``.
 """
 
 from __future__ import annotations

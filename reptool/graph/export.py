@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from reptool.errors import CaptureError
 from reptool.graph.blame import advice, is_data_dependent, location, reason
 from reptool.graph.growth import BoundedSizes, GrowthError
-from reptool.graph.guards import fixed_by_layers, is_number
+from reptool.graph.guards import fixed_by_layers, is_number, tensor_inputs
+from reptool.graph.values import operator_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ def export(model: nn.Module, example: tuple[Any, ...]) -> Export:
     program = attempts.at(_open)
     if program is not None:
         read = _read_as_channels(program)
-        channels = read | fixed_by_layers(_inputs(program), program.state_dict.values())
+        channels = read | fixed_by_layers(program)
         still_open = _left_open(program, read)
         if any(x.dim() != 4 and len(still_open[place]) < len(_open(place, x)) for place, x in attempts.leaves):
             # a size that became a number is written as one only if it was one from the start
@@ -60,7 +61,7 @@ def export(model: nn.Module, example: tuple[Any, ...]) -> Export:
         return Export(program, channels)
     program = attempts.at(_image) or attempts.at(_batch) or attempts.at(_none, example)
     if program is None:
-        raise attempts.no_graph()
+        raise attempts.no_graph() from attempts.failure
     return Export(program, _read_as_channels(program), attempts.outgrown)
 
 
@@ -95,14 +96,12 @@ class _Attempts:
 
     def no_graph(self) -> CaptureError:
         """Why there is no program."""
-        error = CaptureError(
+        return CaptureError(
             f"cannot capture {type(self.model).__name__} as a graph",
             at=location(self.failure, self.model),
             why=reason(self.failure),
             do=advice(self.failure, self.model),
         )
-        error.__cause__ = self.failure
-        return error
 
 
 def _open(_: int, x: Tensor) -> list[int]:
@@ -142,18 +141,11 @@ def _shapes(given: dict[str, Any], axes: Axes) -> Any:
     return pytree.tree_unflatten(opened, spec)
 
 
-def _inputs(program: ExportedProgram) -> list[fx.Node]:
-    """The nodes of the inputs that are tensors."""
-    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    found = [nodes.get(str(name)) for name in program.graph_signature.user_inputs]
-    return [n for n in found if n is not None and isinstance(n.meta.get("val"), Tensor)]
-
-
 def _left_open(program: ExportedProgram, channels: frozenset[tuple[str, int]]) -> dict[int, list[int]]:
     """The axes of each input that did not become numbers and are no channels, by the place of the input."""
     places = {str(name): place for place, name in enumerate(program.graph_signature.user_inputs)}
     found: dict[int, list[int]] = {}
-    for node in _inputs(program):
+    for node in tensor_inputs(program):
         sizes = enumerate(node.meta["val"].shape)
         found[places[node.name]] = [a for a, size in sizes if not is_number(size) and (node.name, a) not in channels]
     return found
@@ -187,7 +179,7 @@ _KEEP_AXES = frozenset(
 def _read_as_channels(program: ExportedProgram) -> frozenset[tuple[str, int]]:
     """The axis of each input that a layer takes for its channels: it refuses any other number of them itself."""
     found = []
-    for node in _inputs(program):
+    for node in tensor_inputs(program):
         axes = _channel_axes(node, node.meta["val"].dim())
         if len(axes) == 1:
             found.append((node.name, axes.pop()))
@@ -202,6 +194,6 @@ def _channel_axes(value: fx.Node, rank: int) -> set[int]:
             found.add(rank - 1)
         elif user.target in _CHANNEL_AXES:
             found.add(_CHANNEL_AXES[user.target] % rank)
-        elif str(user.target).split(".")[1:2] and str(user.target).split(".")[1] in _KEEP_AXES:
+        elif operator_name(user.target) in _KEEP_AXES:
             found |= _channel_axes(user, rank) if user.meta["val"].dim() == rank else set()
     return found

@@ -18,7 +18,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from reptool.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch._guards import ShapeGuard
     from torch.export import ExportedProgram
@@ -33,11 +33,22 @@ def is_number(size: Any) -> bool:
     return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
-def fixed_by_layers(inputs: list[fx.Node], weights: Iterable[Tensor]) -> frozenset[tuple[str, int]]:
+def _holders(program: ExportedProgram) -> dict[str, fx.Node]:
+    return {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+
+
+def tensor_inputs(program: ExportedProgram) -> list[fx.Node]:
+    """The nodes of the inputs that are tensors, in order."""
+    names = set(program.graph_signature.user_inputs)
+    given = [node for name, node in _holders(program).items() if name in names]
+    return [node for node in given if isinstance(node.meta.get("val"), Tensor)]
+
+
+def fixed_by_layers(program: ExportedProgram) -> frozenset[tuple[str, int]]:
     """The axes, by name of the input, that became numbers because a layer has so many channels: it refuses others itself."""
-    known = {size for tensor in weights for size in tensor.shape}
+    known = {size for tensor in program.state_dict.values() for size in tensor.shape}
     found = set()
-    for node in inputs:
+    for node in tensor_inputs(program):
         for axis, size in enumerate(node.meta["val"].shape):
             if isinstance(size, torch.SymInt) and is_number(size) and int(size) in known and _is_of_layers(size):
                 found.add((node.name, axis))
@@ -47,13 +58,11 @@ def fixed_by_layers(inputs: list[fx.Node], weights: Iterable[Tensor]) -> frozens
 def guard_inputs(program: ExportedProgram, channels: frozenset[tuple[str, int]], *, outgrown: bool = False) -> None:
     """Let the graph refuse other constants than it was captured with, and sizes that it does not hold for.
 
-    ``channels`` are the (name, axis) whose size the layers themselves look at. ``outgrown``: height and width are fixed because following them took too much, and the refusal says so.
+    ``channels`` are the (name, axis) whose size the layers themselves look at. ``outgrown``: height and width are fixed
+    because following them took too much, and the refusal says so.
     """
     constants = [spec.arg for spec in program.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)]
-    holders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    names = set(program.graph_signature.user_inputs)
-    given = [node for name, node in holders.items() if name in names]
-    tensors = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
+    holders, tensors = _holders(program), tensor_inputs(program)
     with program.graph.inserting_after(next(reversed(holders.values()), None)):
         for text in reversed(list(dict.fromkeys(_conditions(tensors, channels)))):
             read = [node for node in tensors if f"{node.name}.shape" in text]
@@ -169,7 +178,7 @@ def _require(condition: str, names: tuple[str, ...], tensors: tuple[Tensor, ...]
 
 
 def _traced(function: Any, *arguments: Any) -> bool:
-    """Whether a fused module that was pickled is being traced again; then the call is noted."""
+    """Whether a fused module is being traced symbolically; then the call is noted."""
     proxy = next((argument for argument in arguments if isinstance(argument, fx.Proxy)), None)
     if proxy is not None:
         proxy.tracer.create_proxy("call_function", function, arguments, {})

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from reptool.graph.values import arguments_of
+from reptool.graph.values import arguments_of, operator_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -63,7 +63,7 @@ def drop_dropouts(graph: fx.Graph) -> dict[str, str]:
 def _is_idle_dropout(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return False
-    name = node.target._schema.name.removeprefix("aten::").removesuffix("_")  # noqa: SLF001  # no public name
+    name = operator_name(node.target).removesuffix("_")
     return name in _DROPOUTS and (not arguments_of(node)["train"] or arguments_of(node)["p"] == 0)
 
 
@@ -185,7 +185,7 @@ def _sources(node: fx.Node, *, surely: bool) -> Iterable[fx.Node]:
         return ()
     if not isinstance(node.target, OpOverload):
         return _sources_of_call(node)
-    name = node.target._schema.name.removeprefix("aten::")  # noqa: SLF001  # torch has no public name for it
+    name = operator_name(node.target)
     if name in _BY_LAYOUT:
         return () if surely else node.all_input_nodes[:1]
     if name in _CASTS:
@@ -234,7 +234,7 @@ def _holds_tensor(node: fx.Node) -> bool:
 
 def may_show_its_input(target: OpOverload) -> bool:
     """Whether an operator whose schema names no shared memory may return its input, or a view of it, nevertheless."""
-    name = target._schema.name.removeprefix("aten::")  # noqa: SLF001  # no public name
+    name = operator_name(target)
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)  # type: ignore[no-untyped-call]  # noqa: SLF001
     return bool(_LOOSE.fullmatch(name)) or (composite and not _NEW.fullmatch(name))
 
@@ -286,7 +286,7 @@ def _functional(node: fx.Node) -> OpOverload | None:
     target = node.target
     if not isinstance(target, OpOverload):
         return None
-    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)  # noqa: SLF001
+    packet = getattr(torch.ops.aten, operator_name(target).removesuffix("_"), None)
     found = getattr(packet, target._overloadname, None)  # noqa: SLF001
     return found if isinstance(found, OpOverload) and not found._schema.is_mutable else None  # noqa: SLF001
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from reptool.graph.values import shape_of
+from reptool.graph.values import operator_name, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,12 +62,12 @@ def choices(region: Between, module: nn.Module) -> list[tuple[Sizes, list[tuple[
     """Sizes to try in turn, with the shapes of the entries: small ones if the region lets its sizes be chosen."""
     shapes = [shape_of(before) for before, _ in region.entries]
     side = max(sum(_extent(n, module) for n in region.after) or 3, 2)
-    free = _channel_axis(region, module) if _is_free(region) else None
+    channel = _channel_axis(region, module) if _is_free(region) else None
     several = len(shapes) > 1
-    tries = [] if several or _reads_sizes(region) else [(Sizes(), _small(region, shapes[0], module, side))]
+    tries = [] if several or _reads_sizes(region) else [(Sizes(), [_small(shapes[0], channel, side)])]
     for sizes in (*([_scaled(shapes, side)] if several else []), Sizes(_batches(shapes)), Sizes()):
         known = [tuple(int(sizes(s)) for s in shape) for shape in shapes]
-        fewer = _fewer(known, free, side) if several and free is not None else known
+        fewer = _fewer(known, channel, side) if several and channel is not None else known
         tries += [(sizes, fewer), (sizes, known)] if fewer != known else [(sizes, known)]
     return [(sizes, given) for sizes, given in tries if all(s > 0 for shape in given for s in shape)]
 
@@ -79,7 +79,7 @@ def _batches(shapes: list[Shape]) -> dict[Any, int]:
 
 def _is_free(region: Between) -> bool:
     """Whether no operator of a region names a size."""
-    return not {_name(n) for n in (*region.before, *region.after)} & _FIXED
+    return not {operator_name(n.target) for n in (*region.before, *region.after)} & _FIXED
 
 
 def _reads_sizes(region: Between) -> bool:
@@ -90,23 +90,23 @@ def _reads_sizes(region: Between) -> bool:
 
 def _channel_axis(region: Between, module: nn.Module) -> int:
     """The axis that keeps its size: the last where an operator reads that, else that of a convolution."""
-    named = {_name(n) for n in (*region.before, *region.after)}
+    named = {operator_name(n.target) for n in (*region.before, *region.after)}
     return -1 if named & _LAST or _is_linear(region, module) else 1
 
 
-def _small(region: Between, shape: Shape, module: nn.Module, side: int) -> list[tuple[int, ...]]:
-    """A small shape of the one entry, the same number for the same size."""
-    channel, free, rank = _channel_axis(region, module), _is_free(region), len(shape)
+def _small(shape: Shape, channel: int | None, side: int) -> tuple[int, ...]:
+    """A small shape, the same number for the same symbol; fixed sizes stay, but for those beside a ``channel`` axis."""
+    rank = len(shape)
     chosen: dict[Any, int] = {}
 
     def size(axis: int, given: Any) -> int:
         if hasattr(given, "node"):
             return chosen.setdefault(given.node.expr, (side if axis > 1 and rank > 2 else 2) + len(chosen))
-        if not free or axis == channel % rank:
+        if channel is None or axis == channel % rank:
             return int(given)
         return side + max(axis - 2, 0) if axis else 2
 
-    return [tuple(size(axis, s) for axis, s in enumerate(shape))]
+    return tuple(size(axis, s) for axis, s in enumerate(shape))
 
 
 def _scaled(shapes: list[Shape], side: int) -> Sizes:
@@ -141,10 +141,6 @@ def _is_linear(region: Between, module: nn.Module) -> bool:
     """Whether a layer of the region is a matrix on the last axis."""
     calls = (n for n in region.after if n.op == "call_module")
     return any(isinstance(module.get_submodule(str(n.target)), nn.Linear) for n in calls)
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target).split(".")[1] if node.op == "call_function" and "." in str(node.target) else ""
 
 
 def _extent(node: fx.Node, module: nn.Module) -> int:

@@ -15,7 +15,8 @@ from reptool.graph.values import shape_of
 if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
-_END = 2**62
+END = 2**62
+"""From here on a slice ends where its axis does."""
 
 
 def conv(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
@@ -64,6 +65,12 @@ def avg_pool(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     return one(v["self"], pool)
 
 
+def padding_of(amounts: list[int], rank: int) -> tuple[tuple[int, int], ...]:
+    """What ``torch.nn.functional.pad`` was given, which begins at the last axis, as a pair for each window axis."""
+    pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
+    return tuple(reversed(pairs + [(0, 0)] * (rank - len(pairs))))
+
+
 def pad(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     """A border."""
     value, amounts, mode = v["self"], list(v["pad"]), v.get("mode", "constant")
@@ -73,8 +80,7 @@ def pad(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     fill = float(v.get("value") or 0) if mode == "constant" else 0.0
     if fill and not (isfinite(fill) and isinstance(shape_of(value)[1], int)):
         return Refusal(f"its border is {v['value']}, or around channels of any number")
-    pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
-    padding = tuple(reversed(pairs + [(0, 0)] * (rank - len(pairs))))
+    padding = padding_of(amounts, rank)
     channels = channels_of(value)
     vector = torch.full((channels,), fill, dtype=torch.float64) if fill else None
     return one(value, Pad(channels, padding, "zeros" if mode == "constant" else mode, vector))
@@ -84,17 +90,17 @@ def crop(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     """A slice that keeps a fixed number off each end of a window axis is a crop."""
     value, rank = v["self"], v["self"].meta["val"].dim() - 2
     axis = v["dim"] % (rank + 2) - 2 if rank > 0 else -1
-    start, end = v["start"] or 0, _END if v["end"] is None else v["end"]
-    if start == 0 and isinstance(end, int) and end >= _END and v["step"] == 1:
+    start, end = v["start"] or 0, END if v["end"] is None else v["end"]
+    if start == 0 and isinstance(end, int) and end >= END and v["step"] == 1:
         return identity(reader, node, v)
     if axis < 0 or v["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
         return Refusal("it is no crop of a window axis")
     size = shape_of(value)[axis + 2]
     if isinstance(size, int) and start >= size:
         return Refusal("it is empty")
-    if start < 0 or (0 <= end < _END and not isinstance(size, int)):
+    if start < 0 or (0 <= end < END and not isinstance(size, int)):
         return Refusal("it keeps a fixed number of samples of an axis of any size")
-    after = end if end < 0 else (0 if end >= _END else min(end - int(size), 0))
+    after = end if end < 0 else (0 if end >= END else min(end - int(size), 0))
     padding = tuple((-start, after) if a == axis else (0, 0) for a in range(rank))
     return one(value, Pad(channels_of(value), padding))
 

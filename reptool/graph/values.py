@@ -45,6 +45,18 @@ def same_size(one: Any, other: Any) -> bool:
     return bool(_expression(one) == _expression(other))
 
 
+def same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two values have the same shape for every input, and not by chance in the example."""
+    first, second = shape_of(one), shape_of(other)
+    return len(first) == len(second) and all(map(same_size, first, second))
+
+
+def operator_name(target: Any) -> str:
+    """The name of one of ATen's operators without its overload, such as ``conv2d``; "" for what is no operator."""
+    schema = getattr(target, "_schema", None)
+    return "" if schema is None else str(schema.name).removeprefix("aten::")
+
+
 def _expression(size: Any) -> Any:
     return size if isinstance(size, int) else size.node.expr
 

@@ -158,16 +158,21 @@ def verify_models(
     for index, (samples, batches) in enumerate(groups.items()):
         least = inputs if index == 0 else min(inputs, EXTRA_INPUTS)
         count = -(-least // batches[0]) * batches[0]
-        images = tuple(
-            rows_of(like[k], s, count) if like and not like[k].is_floating_point() else inputs_for(s, count, draw + k)
-            for draw in (seed + 1000 * index,)
-            for k, s in enumerate(samples)
-        )
+        images = _inputs(samples, like, count, seed + 1000 * index)
         group = _Group(
             reference, null_model, images, probability, range(seed, seed + (EXTRA_COPIES if index else COPIES))
         )
         results += [group.check(candidate, batch, name) for batch in batches]
     return results
+
+
+def _inputs(samples: Sequence[tuple[int, ...]], like: Sequence[Tensor], count: int, seed: int) -> tuple[Tensor, ...]:
+    """So many of each input: drawn, or rows of an example that is not floating."""
+    given = [like[k] if like and not like[k].is_floating_point() else None for k in range(len(samples))]
+    return tuple(
+        inputs_for(shape, count, seed + k) if rows is None else rows_of(rows, shape, count)
+        for k, (shape, rows) in enumerate(zip(samples, given, strict=True))
+    )
 
 
 class _Group:

@@ -54,20 +54,24 @@ SUMS = {
 
 
 def summed(equation):
-    """Two inputs and their sum."""
+    """A sum over two inputs."""
     return Lambda(lambda s, x, y: torch.einsum(equation, x.tanh(), y.tanh())).eval()
+
+
+def fused_sum(equation, *shapes):
+    """The fused network of a sum, what it gives, and what the original gives."""
+    model, inputs = summed(equation), [noise(*shape, seed=i) for i, shape in enumerate(shapes)]
+    fused = fuse(model, tuple(inputs))
+    return fused, fused(*inputs), model(*inputs)
 
 
 @pytest.mark.parametrize("name", SUMS)
 def test_sum_is_a_product(name):
     """The value is the same, and one product stands where the sum stood."""
-    equation, *shapes = SUMS[name]
-    model, inputs = summed(equation), [noise(*shape, seed=i) for i, shape in enumerate(shapes)]
-    fused = fuse(model, tuple(inputs))
+    fused, got, expected = fused_sum(*SUMS[name])
     assert operators(fused)["matmul"] == 1
     assert "einsum" not in operators(fused)
-    expected = model(*inputs)
-    assert float((fused(*inputs) - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+    assert float((got - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
 OTHERS = {
@@ -83,11 +87,9 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_sums_stay(name):
     """What is no batch of products of matrices stays as it is."""
-    equation, *shapes = OTHERS[name]
-    model, inputs = summed(equation), [noise(*shape, seed=i) for i, shape in enumerate(shapes)]
-    fused = fuse(model, tuple(inputs))
+    fused, got, expected = fused_sum(*OTHERS[name])
     assert operators(fused)["einsum"] == 1
-    assert torch.equal(fused(*inputs), model(*inputs))
+    assert torch.equal(got, expected)
 
 
 def test_planted_fault_is_caught(monkeypatch):

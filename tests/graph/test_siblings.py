@@ -15,7 +15,7 @@ import reptool
 from reptool.affine.operators import Identity, Pad
 from reptool.errors import NotEquivalentError
 from reptool.graph.cost import roofline
-from reptool.graph.rules import siblings
+from reptool.graph.rules import siblings, stacks
 from reptool.proof.region import TOLERANCE
 
 CONV, LINEAR = nn.Conv2d, nn.Linear
@@ -256,8 +256,8 @@ def other_order(conv):
 @pytest.mark.parametrize("fault", [without_bias, other_order])
 def test_planted_fault_is_caught(fault, monkeypatch):
     """A stacked layer that lost something fails the proof of its region."""
-    right = siblings.stack_convs
-    monkeypatch.setattr(siblings, "stack_convs", lambda *convs: fault(right(*convs)))
+    right = stacks.stack_convs
+    monkeypatch.setattr(stacks, "stack_convs", lambda *convs: fault(right(*convs)))
     model = stirred(Lambda(apart, a=LINEAR(4, 3), b=LINEAR(4, 6)))
     with pytest.raises(NotEquivalentError, match="not equal after fusing"):
         reptool.fusion.fuse(model, (noise(*TOKENS),), cost=dear_calls)

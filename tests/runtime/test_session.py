@@ -107,14 +107,18 @@ BAD_FILES = [
 ]
 
 
+def refused(read, path, message, capfd):
+    """Reading a file is refused with its path, and onnxruntime prints nothing itself."""
+    with pytest.raises(InputError, match=message) as caught:
+        read(path)
+    assert caught.value.at.startswith(str(path))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(("make", "message"), BAD_FILES)
 def test_bad_file_is_named(tmp_path, capfd, make, message):
     """What is wrong with a file is said with the file's path, and onnxruntime prints nothing itself."""
-    path = make(tmp_path / "bad.onnx")
-    with pytest.raises(InputError, match=message) as caught:
-        open_model(path)
-    assert caught.value.at.startswith(str(path))
-    assert capfd.readouterr() == ("", "")
+    refused(open_model, make(tmp_path / "bad.onnx"), message, capfd)
 
 
 SHAPED = [
@@ -134,11 +138,7 @@ def test_input_shapes_are_read_of_any_model(tmp_path, make, shapes):
 @pytest.mark.parametrize(("make", "message"), UNREADABLE)
 def test_shapes_of_a_file_that_does_not_load_are_refused(tmp_path, capfd, make, message):
     """What does not load is refused with the file's path, as on opening it."""
-    path = make(tmp_path / "bad.onnx")
-    with pytest.raises(InputError, match=message) as caught:
-        input_shapes(path)
-    assert caught.value.at.startswith(str(path))
-    assert capfd.readouterr() == ("", "")
+    refused(input_shapes, make(tmp_path / "bad.onnx"), message, capfd)
 
 
 @pytest.mark.parametrize(

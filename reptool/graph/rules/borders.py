@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from reptool.affine.operators import Conv, Pad, Scale
 from reptool.graph.draft import is_tensor
+from reptool.graph.read_windows import END, padding_of
 from reptool.graph.rules.slides import operator_of
 from reptool.graph.values import arguments_of, fixed, shape_of
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
-_END = 2**62
 _Window = tuple[int, int, int]
 """An axis, and where a slice of it starts and ends, as the slice has them."""
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
@@ -68,9 +68,8 @@ def _padding(node: fx.Node) -> tuple[tuple[int, int], ...] | None:
         return None
     if not all(isinstance(a, int) and a >= 0 for a in amounts) or not any(amounts):
         return None
-    pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
     known = isinstance(shape_of(node)[1], int) and node.meta["val"].is_floating_point()
-    return tuple(reversed(pairs + [(0, 0)] * (rank - len(pairs)))) if known else None
+    return padding_of(amounts, rank) if known else None
 
 
 def _read_border(draft: Draft, pad: fx.Node, padding: tuple[tuple[int, int], ...]) -> None:
@@ -131,10 +130,10 @@ def _strip(result: fx.Node, value: fx.Node) -> _Strip | None:
 def _window(node: fx.Node) -> tuple[_Window, ...] | None:
     """The window of a slice or of a scatter; an axis that is whole has none."""
     given = arguments_of(node)
-    start, end = given["start"] or 0, _END if given["end"] is None else given["end"]
+    start, end = given["start"] or 0, END if given["end"] is None else given["end"]
     if given["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
         return None
-    if start == 0 and end >= _END:
+    if start == 0 and end >= END:
         return ()
     return ((given["dim"] % len(shape_of(node)), start, end),)
 
@@ -163,7 +162,7 @@ def _covered(strip: _Strip, padding: tuple[tuple[int, int], ...]) -> set[tuple[i
     elif start >= 0:
         places = set(range(start, end)) if 0 <= end <= before else {before}
     else:
-        places = set(range(start, 0 if end >= _END else end)) if end < 0 or end >= _END else {before}
+        places = set(range(start, 0 if end >= END else end)) if end < 0 or end >= END else {before}
     return {(axis, at) for at in places} if places <= _border(padding[axis - 2]) else None
 
 

@@ -76,7 +76,7 @@ def varying_after(node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
     if value is None or node.target in _RESAMPLES or (node.target in _COPIES and arguments_of(node).get("train")):
         return frozenset(range(len(shape_of(node))))
     if node.target in _SHAPES:
-        blocks = _blocks(*([_symbol(s) for s in shape_of(n)] for n in (value, node)))
+        blocks = blocks_of(*([symbol_of(s) for s in shape_of(n)] for n in (value, node)))
         return frozenset(a for before, after in blocks if axes.intersection(before) for a in after)
     if node.target is aten.slice.Tensor or node.target is aten.roll.default:
         return axes
@@ -85,7 +85,7 @@ def varying_after(node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
     return frozenset(a for axis in axes if (a := axis_after(node, axis)) is not None)
 
 
-def _blocks(before: list[Any], after: list[Any]) -> list[tuple[range, range]]:
+def blocks_of(before: list[Any], after: list[Any]) -> list[tuple[range, range]]:
     """The runs of axes of two shapes that hold the same entries: between places with as many entries in front, and the rest."""
     found, last = [], (0, 0)
     for i in range(len(before) + 1):
@@ -122,7 +122,7 @@ def _moved(node: fx.Node, value: fx.Node, axis: int) -> int | None:
 
 def _reshaped(node: fx.Node, value: fx.Node, axis: int) -> int | None:
     """An axis survives where the same size stands behind the same number of entries."""
-    before, after = ([_symbol(s) for s in shape_of(n)] for n in (value, node))
+    before, after = ([symbol_of(s) for s in shape_of(n)] for n in (value, node))
     for other in range(len(after)):
         same_place = _equal(prod(before[:axis]), prod(after[:other]))
         if same_place and _equal(before[axis], after[other]) and not _ambiguous(after, other):
@@ -150,7 +150,7 @@ def _rolled(node: fx.Node, value: fx.Node, axis: int) -> int | None:
 
 def _expanded(node: fx.Node, value: fx.Node, axis: int) -> int | None:
     after = axis + len(shape_of(node)) - len(shape_of(value))
-    return after if _equal(_symbol(shape_of(value)[axis]), _symbol(shape_of(node)[after])) else None
+    return after if _equal(symbol_of(shape_of(value)[axis]), symbol_of(shape_of(node)[after])) else None
 
 
 def _averaged(node: fx.Node, value: fx.Node, axis: int) -> int | None:
@@ -165,7 +165,8 @@ def _resampled(_node: fx.Node, _value: fx.Node, axis: int) -> int | None:
     return axis if axis < 2 else None
 
 
-def _symbol(size: Any) -> Any:
+def symbol_of(size: Any) -> Any:
+    """A size as an expression."""
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 

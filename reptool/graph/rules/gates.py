@@ -17,9 +17,9 @@ from reptool.graph.cost import addition
 from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.carriers import carried, computes_nothing
 from reptool.graph.rules.edits import call
-from reptool.graph.rules.slides import operator_of
+from reptool.graph.rules.slides import operator_of, output_axis
 from reptool.graph.rules.worth import pays
-from reptool.graph.values import EXACT, arguments_of, shape_of, sizes_of
+from reptool.graph.values import EXACT, arguments_of, same_shape, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def _raise(draft: Draft, total: fx.Node, cost: Cost) -> None:
     pairs = () if total.kwargs else (total.args[:2], total.args[1::-1])
     gated = [(value, _gated(draft.reader, term, total)) for value, term in pairs]
     found = next((g for value, g in gated if g is not None and g.value is value), None)
-    if found is None or shape_of(total) != shape_of(found.product):
+    if found is None or not same_shape(total, found.product):
         return
     if _pays_to_raise(draft, found, total, cost):
         if found.scale is None:
@@ -285,8 +285,8 @@ def _hand_over(draft: Draft, taker: _Layer, giver: _Layer, constant: Tensor) -> 
     bare.meta[EXACT] = lambda: without_constant(later())
     draft.redirect(node, bare)
     passed, (_, layer) = taker
-    axis = layer.axis if isinstance(layer, Scale) else 1 if layer.rank else -1  # type: ignore[union-attr]  # a Conv
     gain = torch.ones(len(constant), dtype=torch.float64)
-    draft.redirect(passed[-1], draft.insert(Scale(gain, constant.clone(), axis), passed[-1], like=passed[-1]))
+    more = Scale(gain, constant.clone(), output_axis(layer))
+    draft.redirect(passed[-1], draft.insert(more, passed[-1], like=passed[-1]))
     draft.forget([node, *moved, *passed])
     draft.prune([node])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reptool.graph.rules.carriers import _blocks, _symbol
+from reptool.graph.rules.carriers import blocks_of, symbol_of
 from reptool.graph.rules.moves import PARTINGS, holders, moved_from, varying_in
 from reptool.graph.values import SIZED, arguments_of, fixed, shape_of
 
@@ -54,14 +54,14 @@ def varying_at_any_size(move: fx.Node, varies: frozenset[int]) -> frozenset[int]
     value = moved_from(move)
     if value is None or move.target not in _VIEWS:
         return varying_in(move, varies)
-    blocks = _blocks(_symbols(value), _asked_for(move, value))
+    blocks = blocks_of(_symbols(value), _asked_for(move, value))
     return frozenset(axis for before, after in blocks if varies.intersection(before) for axis in after)
 
 
 def _is_viewed_alike(view: fx.Node, value: fx.Node, varies: frozenset[int]) -> bool:
     """Whether a view has the channels at the same places at all sizes."""
     sizes, asked = _symbols(value), _asked_for(view, value)
-    blocks = [(b, a) for b, a in _blocks(sizes, asked) if varies.intersection(b) and not len(b) == len(a) == 1]
+    blocks = [(b, a) for b, a in blocks_of(sizes, asked) if varies.intersection(b) and not len(b) == len(a) == 1]
     for before, after in blocks:
         is_open = {axis for axis in before if not sizes[axis].is_number}
         if not is_open and all(asked[axis].is_number for axis in after):
@@ -78,7 +78,7 @@ def _rolls_everything(move: fx.Node) -> bool:
 
 
 def _symbols(node: fx.Node) -> list[Any]:
-    return [_symbol(size) for size in shape_of(node)]
+    return [symbol_of(size) for size in shape_of(node)]
 
 
 def _asked_for(view: fx.Node, value: fx.Node) -> list[Any]:
@@ -87,7 +87,7 @@ def _asked_for(view: fx.Node, value: fx.Node) -> list[Any]:
         return _symbols(view)
     sizes = _symbols(value)
     named: list[Any] = list(view.args[-1])  # type: ignore[arg-type]  # a list of sizes
-    asked = [_symbol(size.meta["val"] if isinstance(size, fx.Node) else size) for size in named]
+    asked = [symbol_of(size.meta["val"] if isinstance(size, fx.Node) else size) for size in named]
     if view.target is aten.unflatten.int:
         dim: int = view.args[1] % len(sizes)  # type: ignore[operator, assignment]  # a number
         asked = [*sizes[:dim], *asked, *sizes[dim + 1 :]]

@@ -19,8 +19,7 @@ from reptool.graph.rules.carriers import computes_nothing
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.moves import PARTINGS, at_example, numbered, numbers_along, run_move
 from reptool.graph.rules.slides import channel_axis, operator_of
-from reptool.graph.rules.sums import same_shape
-from reptool.graph.values import EXACT, arguments_of, shape_of, sizes_of
+from reptool.graph.values import EXACT, arguments_of, same_shape, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from reptool.graph.draft import Draft

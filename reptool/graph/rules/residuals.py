@@ -20,7 +20,7 @@ from reptool.graph.rules.edits import call
 from reptool.graph.rules.shifts import PRODUCTS
 from reptool.graph.rules.slides import operator_of
 from reptool.graph.rules.worth import pays
-from reptool.graph.values import SIZED, shape_of, sizes_of
+from reptool.graph.values import SIZED, same_shape, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from reptool.graph.cost import Cost
@@ -70,7 +70,7 @@ def _add_identity(draft: Draft, total: fx.Node, cost: Cost) -> None:
     Source:   Fu et al. 2019, Dual Attention Network, equation 4 (channel attention)
     """
     one, other = total.args[:2]
-    if total.kwargs or not all(is_tensor(a) and shape_of(a) == shape_of(total) for a in (one, other)):  # type: ignore[arg-type]
+    if total.kwargs or not all(is_tensor(a) and same_shape(a, total) for a in (one, other)):  # type: ignore[arg-type]
         return
     for value, term in ((one, other), (other, one)):
         found = _residual(draft.reader, value, term, total)

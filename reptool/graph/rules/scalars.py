@@ -18,8 +18,7 @@ from reptool.graph.draft import is_tensor
 from reptool.graph.rules.concat import sole_reader
 from reptool.graph.rules.factors import factor_of, number_of
 from reptool.graph.rules.slides import operator_of
-from reptool.graph.rules.sums import same_shape
-from reptool.graph.values import arguments_of, shape_of
+from reptool.graph.values import arguments_of, same_shape, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from itertools import accumulate
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,12 @@ from torch import fx
 
 from reptool.affine.form import outline
 from reptool.affine.operators import Conv, Pad, Refusal, Scale
-from reptool.affine.parallel import stack_convs
 from reptool.graph.cost import calling, rise, taking_apart
 from reptool.graph.draft import is_tensor
 from reptool.graph.rules.carriers import carried
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.slides import operator_of
-from reptool.graph.rules.stacks import Branch, demand, insert
+from reptool.graph.rules.stacks import Branch, insert, stacked
 from reptool.graph.values import sizes_of
 
 if TYPE_CHECKING:
@@ -170,7 +168,11 @@ def _axis(member: Sibling) -> int:
 def _write(draft: Draft, members: Sequence[Sibling]) -> None:
     """Let the parts of one layer's result be read in place of several layers'."""
     first, axis = members[0], _axis(members[0])
-    *_, whole = accumulate((s.branch for s in members), lambda one, other: _both(one, other, axis))
+    whole: Branch | None = first.branch
+    for member in members[1:]:
+        whole = None if whole is None else stacked(whole, member.branch, axis)
+    if whole is None:
+        raise AssertionError("layers of one geometry could not be stacked; please report this")
     made = insert(draft, whole, like=first.node)
     made.meta["nn_module_stack"] = _common_modules(s.node for s in members)
     parts = last = _call_behind(draft, made, aten.split_with_sizes.default, made, _channels(members), axis)
@@ -186,13 +188,6 @@ def _write(draft: Draft, members: Sequence[Sibling]) -> None:
 def _channels(members: Sequence[Sibling]) -> list[int]:
     """How many channels each gives."""
     return [s.conv.out_channels for s in members]
-
-
-def _both(one: Branch, other: Branch, axis: int) -> Branch:
-    """Two layers as one that gives the channels of both."""
-    made = demand(stack_convs(one.operator, other.operator))  # type: ignore[arg-type]  # see Sibling
-    shape = tuple(s + other.shape[a] if a == axis else s for a, s in enumerate(one.shape))
-    return Branch(one.atom, made, lambda: demand(stack_convs(one.exact(), other.exact())), shape)  # type: ignore[arg-type]
 
 
 def _call_behind(draft: Draft, place: fx.Node, target: Any, *arguments: Any) -> fx.Node:

@@ -83,7 +83,6 @@ def _slide_back(draft: Draft, node: fx.Node, cost: Cost) -> fx.Node | None:
     moved = _moved(operator, axes, source)
     if moved is None or not _may_change(passed, moved) or not _pays(draft, before, (node, source), moved, cost):
         return None
-    _read_weights_bare(reader, node)
     inner, later = draft.insert(moved, source, like=node), reader.later(node)
     inner.meta[EXACT] = lambda: _moved(later(), axes, source)
     draft.redirect(source, inner)
@@ -99,19 +98,6 @@ def _may_change(passed: list[fx.Node], moved: Operator) -> bool:
     """Whether nobody takes a shape from carriers whose width an operator changes in front of them."""
     narrows = isinstance(moved, Conv) and moved.out_channels != moved.in_channels
     return not narrows or all(len(carrier.users) == 1 for carrier in passed)
-
-
-def _read_weights_bare(reader: Reader, node: fx.Node) -> None:
-    """Let a product that is about to go read a weight itself where it reads that weight repeated for each example.
-
-    Its values are read later, when what repeated it is no longer there either.
-    """
-    repeated = {
-        n: n.args[0]
-        for n in node.all_input_nodes
-        if n.target is aten.expand.default and reader.tensor(n) is None and reader.tensor(n.args[0]) is not None
-    }
-    node.args = fx.map_arg(node.args, lambda n: repeated.get(n, n))
 
 
 def _takes(before: Operator, operator: Operator) -> bool:

@@ -21,8 +21,7 @@ from reptool.graph.rules.moves import numbered
 from reptool.graph.rules.rows import EXPANDS, axes_of, is_returned
 from reptool.graph.rules.shifts import ATTENTION, SUMS, Shift, ends_of, with_shift
 from reptool.graph.rules.slides import LAYERS, operator_of, output_axis
-from reptool.graph.rules.sums import same_shape
-from reptool.graph.values import EXACT, OPERATOR, arguments_of, shape_of
+from reptool.graph.values import EXACT, OPERATOR, arguments_of, same_shape, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -142,7 +142,7 @@ def _runs(
         if candidate is not None and branch is not None and before[1] is not None:
             last = found[before[0][-1]]
             alike = last is not None and _alike(last[1], candidate[1])
-            both = _stacked(before[1], branch, axis) if alike else None
+            both = stacked(before[1], branch, axis) if alike else None
             if both is not None and _is_cheaper(
                 draft, (before[1], branch), both, (parts[before[0][-1]], parts[place]), cost
             ):
@@ -164,7 +164,7 @@ def _alike(one: fx.Node | None, other: fx.Node | None) -> bool:
     return (one.target, one.args[1:], one.kwargs) == (other.target, other.args[1:], other.kwargs)
 
 
-def _stacked(one: Branch, other: Branch, axis: int) -> Branch | None:
+def stacked(one: Branch, other: Branch, axis: int) -> Branch | None:
     """Two branches of the same value as one that gives the channels of both."""
     made = stack_convs(one.operator, other.operator) if one.atom is other.atom else None  # type: ignore[arg-type]  # see _candidate
     if made is None or isinstance(made, Refusal):

@@ -16,7 +16,7 @@ from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.slides import LAYERS, operator_of
 from reptool.graph.rules.worth import pays
-from reptool.graph.values import arguments_of, same_size, shape_of, sizes_of
+from reptool.graph.values import arguments_of, same_shape, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,12 +87,6 @@ def _fits(value: Any, node: fx.Node) -> bool:
 def _is_zero(value: Any) -> bool:
     """Whether a term is the number with which Python's own sum begins."""
     return isinstance(value, (int, float)) and value == 0
-
-
-def same_shape(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two values have the same shape for every input, and not by chance in the example."""
-    first, second = shape_of(one), shape_of(other)
-    return len(first) == len(second) and all(map(same_size, first, second))
 
 
 def _is_layer(term: Any) -> bool:
