@@ -19,14 +19,15 @@ from reptool.graph.cost import Cost, roofline
 from reptool.graph.draft import draft_of
 from reptool.graph.emit import emit
 from reptool.graph.guards import conditions_of
-from reptool.graph.leftovers import leftovers
+from reptool.graph.hooks import state_hooks
+from reptool.graph.leftovers import leftovers, neighbours_kept_apart
 from reptool.graph.naming import module_path
 from reptool.graph.normalise import normalise
 from reptool.graph.outputs import Outputs, select_outputs
 from reptool.graph.probes import choices, draws
 from reptool.graph.regions import Regions, Runner, as_stored
 from reptool.graph.revise import revise
-from reptool.graph.structure import describe, first_difference, structure_problems
+from reptool.graph.structure import called, describe, first_difference, structure_problems
 from reptool.parts import fuse_parts
 from reptool.proof.region import NOT_FINITE, prove_region, stored_is_rounded
 from reptool.proof.verdict import RegionProof, Verdict
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
 
 def fuse(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | Tensor,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     cost: Cost = roofline,
     outputs: Outputs | None = None,
     only: Sequence[str] | None = None,
@@ -54,21 +56,28 @@ def fuse(
 
     The model is read, never changed. Each rewritten region is evaluated in both forms on random float64 input; the
     stored weights are the proved ones, rounded once to the model's dtype. ``fused.fusion`` is the ``FusionReport``.
+    A weight is trained if any that it is made of is; a buffer that is a kernel becomes a frozen parameter.
+
+    ``example_inputs`` are the arguments of one call by position (a tensor alone is one), ``example_kwargs`` those by
+    name. The result is called as the model is, with the same names, order and defaults. Arguments that are no tensor in
+    the example, or are left out of it, keep the value they have there: another one is refused when the result is called.
 
     ``cost`` decides whether a rewrite is worth it (see ``reptool.graph.cost``). ``outputs`` keeps only some of what the
     model returns, by index or key, and drops what leads to the others. ``only`` names the parts, by module path, that
     are fused each on its own; the rest stays as it is, so it may be what no graph can hold (``fused.fusion_parts`` then
     maps the paths to their reports).
 
-    Raises:  CaptureError if the model cannot be read, NotEquivalentError if a region's proof fails (a fault of ours)
+    Raises:  InputError if the example is no call of the model, CaptureError if the model cannot be read,
+             NotEquivalentError if a region's proof fails (a fault of ours)
     Source:  Ding et al. 2021, RepVGG, section 3; Ding et al. 2021, Diverse Branch Block, section 3
     """
     if only is not None:
         if outputs is not None:
             raise InputError("outputs= cannot be chosen together with only=", do="choose outputs of the whole model")
-        return fuse_parts(model, example_inputs, only, partial(fuse, cost=cost))
+        one = partial(_fused_part, cost=cost)
+        return fuse_parts(model, example_inputs, only, one, example_kwargs=example_kwargs)
     clock = [time.perf_counter()]
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, example_kwargs)
     if outputs is not None:
         captured = select_outputs(captured, outputs)
     clock.append(time.perf_counter())
@@ -84,17 +93,27 @@ def fuse(
     module = work.emitted.module
     module.meta["fusion"] = FusionReport(
         regions,
-        (*dict.fromkeys(work.draft.kept_apart), *_kept_apart(work.plan)),
+        (*dict.fromkeys(work.draft.kept_apart), *neighbours_kept_apart(work.plan)),
         leftovers(work.plan),
         _opaque(work.plan),
         seconds,
         conditions_of(captured.graph),
+        state_hooks(model),
     )
     return module
 
 
+def _fused_part(part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], cost: Cost) -> nn.Module:
+    return fuse(part, args, example_kwargs=kwargs, cost=cost)
+
+
 def verify_fused(
-    model: nn.Module, fused: nn.Module, example_inputs: tuple[Any, ...], *, cost: Cost = roofline
+    model: nn.Module,
+    fused: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    cost: Cost = roofline,
 ) -> Verdict:
     """Hold a fused module, wherever it has been since, to its original: structure, every region, every other weight.
 
@@ -103,8 +122,8 @@ def verify_fused(
     Raises:  CaptureError if one of them cannot be read
     """
     with torch.no_grad():
-        work = _rewrite(capture(model, example_inputs), cost)
-        problems = structure_problems(work.draft.captured, capture(fused, example_inputs))
+        work = _rewrite(capture(model, example_inputs, example_kwargs), cost)
+        problems = structure_problems(work.draft.captured, capture(fused, example_inputs, example_kwargs))
         regions = tuple(r.proof for r in _prove(work, fused))
     return Verdict(structure=(*problems, *_changed(work.emitted, fused)), regions=regions)
 
@@ -161,7 +180,7 @@ def _prove(work: _Work, module: nn.Module) -> tuple[Region, ...]:
 
 
 def _described(region: Between, proof: RegionProof, written: nn.Module) -> Region:
-    before = Counter(describe(n).split("(", maxsplit=1)[0] for n in region.before)
+    before = Counter(map(called, region.before))
     after = Counter(_kind(n, written) for n in region.after)
     sources = tuple(sorted({module_path(n) for n in region.before}))
     return Region(region.name, sources, dict(before), dict(after), proof)
@@ -176,9 +195,21 @@ def _proof(region: Between, cutter: Regions, emitted: Emitted, module: nn.Module
     faults = {path: _fault(_submodule(module, path), exact.get(path)) for path in region.layers}
     if wrong := [f"{path} {fault}" for path, fault in faults.items() if fault]:
         return RegionProof(region.name, float("inf"), passed=False, detail="; ".join(wrong))
+    exact |= {path: _computed(path, module, emitted) for path in region.layers if emitted.computed.get(path)}
     proof = _compared(region, runner, emitted.module, exact)
     deeper = None if proof.passed else cutter.deeper(region)
     return proof if deeper is None else _proof(deeper, cutter, emitted, module)
+
+
+def _computed(path: str, module: nn.Module, emitted: Emitted) -> dict[str, Tensor]:
+    """The exact weights of a layer that stayed, where it holds the bits that the original computes of others."""
+    held, reader = dict(module.get_submodule(path).named_parameters()), emitted.plan.reader
+    found = {}
+    for name, node in emitted.computed[path].items():
+        bits, exact = reader.tensor(node), reader.constant(node)
+        if bits is not None and exact is not None and name in held and _same(as_stored(bits), held[name]):
+            found[name] = exact
+    return found
 
 
 def _compared(
@@ -223,7 +254,7 @@ def _kind(node: fx.Node, module: nn.Module) -> str:
     """What a fused node is called in the report."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
-    return str(describe(node)).split("(", maxsplit=1)[0]
+    return called(node)
 
 
 def _require_proofs(regions: tuple[Region, ...]) -> None:
@@ -254,15 +285,6 @@ def _fault(layer: nn.Module | None, exact: Mapping[str, Tensor] | None) -> str:
         return f"holds {', '.join(held) or 'nothing'} instead of {', '.join(exact) or 'nothing'}"
     wrong = [name for name, tensor in held.items() if not stored_is_rounded(exact[name], tensor)]
     return f"holds another {' and '.join(wrong)} than the exact one, rounded once" if wrong else ""
-
-
-def _kept_apart(plan: Plan) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (f"{module_path(inner) or '(root)'} -> {module_path(value.node) or '(root)'}", reason)
-        for value in plan.values.values()
-        for inner, reason in value.kept_apart.items()
-        if inner in plan.values
-    )
 
 
 def _opaque(plan: Plan) -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from reptool.errors import CaptureError, InputError, ReptoolError
 from reptool.graph.blame import described, location, reason
 from reptool.graph.calls import Watch, run_once
+from reptool.graph.examples import given_arguments
 from reptool.graph.guards import is_number
 
 if TYPE_CHECKING:
@@ -22,16 +23,21 @@ if TYPE_CHECKING:
 
     from reptool.graph.calls import Call
 
+    _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+    FuseOne = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], nn.Module]
+
 
 def fuse_parts(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | Tensor,
     only: Sequence[str],
-    fuse_one: Callable[[nn.Module, tuple[Any, ...]], nn.Module],
+    fuse_one: FuseOne,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A copy of the model in which each part named by its module path is fused.
 
-    ``fuse_one(part, inputs)`` returns a part fused, with its report as ``fusion``; the result's ``fusion_parts`` maps
+    ``fuse_one(part, args, kwargs)`` returns a part fused, with its report as ``fusion``; the result's ``fusion_parts`` maps
     each path to that report. The inputs of a part are those of its first call when the model runs on the example, in
     eval mode. Afterwards the model's flags, hooks and buffers are as before, and the result shares no tensor with it.
 
@@ -40,13 +46,14 @@ def fuse_parts(
              ``fuse_one``
     """
     parts = _named(model, [only] if isinstance(only, str) else list(only))
-    watch = _watched(model, example_inputs, parts)
+    args, kwargs = given_arguments(example_inputs, example_kwargs)
+    watch = _watched(model, (args, kwargs), parts)
     fused: dict[nn.Module, nn.Module] = {}
     for path, part in parts.items():
         if part not in fused:
             fused[part] = _fused(described(model, path), path, part, watch.calls[part], fuse_one)
     result = _copied(model, fused)
-    _require_runs(result, model, example_inputs)
+    _require_runs(result, model, (args, kwargs))
     reports = {path: fused[part].fusion for path, part in parts.items()}
     result.fusion_parts = {**getattr(model, "fusion_parts", {}), **reports}  # type: ignore[assignment]
     return result
@@ -82,10 +89,10 @@ def _unknown(model: nn.Module, path: str, known: list[str]) -> InputError:
     )
 
 
-def _watched(model: nn.Module, example: tuple[Any, ...], parts: Mapping[str, nn.Module]) -> Watch:
+def _watched(model: nn.Module, example: _Arguments, parts: Mapping[str, nn.Module]) -> Watch:
     """Run the model once and return what was seen, if every part can be replaced."""
     watch = Watch(model, parts)
-    run_once(model, example, watch)
+    run_once(model, example[0], watch, kwargs=example[1])
     for path, part in parts.items():
         _require_replaceable(path, part, described(model, path), watch.calls[part])
     if watch.read:
@@ -100,7 +107,7 @@ def _watched(model: nn.Module, example: tuple[Any, ...], parts: Mapping[str, nn.
 
 
 def _require_replaceable(path: str, part: nn.Module, at: str, calls: list[Call]) -> None:
-    """Raise unless a part is called, by position, and in one way."""
+    """Raise unless a part is called, and in one way."""
     if not calls:
         inner = [f"{path}.{name}" for name, _ in part.named_children()] if isinstance(part, nn.ModuleList) else []
         raise InputError(
@@ -110,13 +117,6 @@ def _require_replaceable(path: str, part: nn.Module, at: str, calls: list[Call])
             do=f"name its entries: {', '.join(inner[:3])}" if inner else "give inputs that reach it, or leave it out",
         )
     for call in calls:
-        if call.unplaced:
-            raise InputError(
-                f"the part {path} is called with {', '.join(call.unplaced)}, which cannot be passed by position",
-                at=at,
-                why="a fused part takes its arguments in a row, without gaps",
-                do="pass every argument before it too, or leave this part out of only=",
-            )
         if call.form != calls[0].form:
             raise InputError(
                 f"the part {path} is called in two ways: with {calls[0].form} and with {call.form}",
@@ -131,11 +131,11 @@ def _fused(
     path: str,
     part: nn.Module,
     calls: list[Call],
-    fuse_one: Callable[[nn.Module, tuple[Any, ...]], nn.Module],
+    fuse_one: FuseOne,
 ) -> nn.Module:
     """One part, fused; what is wrong inside it is told with the part's path."""
     try:
-        fused = fuse_one(part, calls[0].arguments)
+        fused = fuse_one(part, calls[0].args, calls[0].kwargs)
     except ReptoolError as error:
         place = f"{at}: {error.at}" if error.at else at
         raise type(error)(error.what, at=place, why=error.why, do=error.do) from error
@@ -178,10 +178,10 @@ def _copied(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mod
         ) from error
 
 
-def _require_runs(result: nn.Module, model: nn.Module, example: tuple[Any, ...]) -> None:
+def _require_runs(result: nn.Module, model: nn.Module, example: _Arguments) -> None:
     """Raise if what stays of the model needs more of a part than its call."""
     try:
-        run_once(result, example)
+        run_once(result, example[0], kwargs=example[1])
     except CaptureError as error:
         raise InputError(
             f"{type(model).__name__} does not run with its parts fused",

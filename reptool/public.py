@@ -16,6 +16,7 @@ from reptool.checkpoint.atomic import check_target
 from reptool.checkpoint.load import SOURCE, load, module_of
 from reptool.checkpoint.write import write_checkpoint
 from reptool.errors import InputError, ReptoolError
+from reptool.formats.placed import by_place
 from reptool.fusion import fuse
 from reptool.proof.endtoend import verify_models
 from reptool.proof.verdict import Verdict
@@ -75,16 +76,24 @@ def _description(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def verify(
-    reference: nn.Module, candidate: nn.Module | str | os.PathLike[str], example_inputs: tuple[Tensor, ...]
+    reference: nn.Module,
+    candidate: nn.Module | str | os.PathLike[str],
+    example_inputs: tuple[Tensor, ...] | Tensor,
+    *,
+    example_kwargs: Mapping[str, Tensor] | None = None,
 ) -> Verdict:
     """Whether a candidate computes what the reference computes, in units of its own rounding noise.
 
     The candidate is a module, an ONNX file, or a checkpoint that ``reptool.load`` reads; the reference is run in
-    float64. Compared are seeded inputs of the examples' shapes, in two batch sizes.
+    float64. Compared are seeded inputs of the examples' shapes, in two batch sizes; those in ``example_kwargs`` are given
+    by name.
 
     Shapes:  the first axis of every example is the batch
     Raises:  InputError if a module is in training mode or an example is not floating; as ``load`` for a file
     """
+    names = tuple(example_kwargs or {})
+    example_inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    example_inputs += tuple((example_kwargs or {}).values())
     for index, x in enumerate(example_inputs):
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
             raise InputError(
@@ -95,7 +104,9 @@ def verify(
     if not example_inputs:
         raise InputError("there are 0 example inputs", do="pass at least one")
     _require_eval("reference", reference)
-    run, null_model, name = _candidate(reference, candidate, example_inputs)
+    reference = by_place(reference, names)
+    candidate = by_place(candidate, names) if isinstance(candidate, nn.Module) else candidate
+    run, null_model, name = _candidate(reference, candidate, example_inputs, names)
     _require_eval("candidate", run)
     sizes = [tuple((len(x) + more, *x.shape[1:]) for x in example_inputs) for more in (0, 1)]
     return Verdict(end_to_end=tuple(verify_models(reference, run, sizes, null_model, name=name)))
@@ -113,14 +124,17 @@ def _require_eval(role: str, module: object) -> None:
 
 
 def _candidate(
-    reference: nn.Module, candidate: nn.Module | str | os.PathLike[str], example_inputs: tuple[Tensor, ...]
+    reference: nn.Module,
+    candidate: nn.Module | str | os.PathLike[str],
+    example_inputs: tuple[Tensor, ...],
+    names: tuple[str, ...],
 ) -> tuple[Callable[..., Any], nn.Module, str]:
     """What to run, the network whose rounding noise is the measure, and what to call it."""
     if isinstance(candidate, nn.Module):
         return candidate, candidate, "torch"
     candidate = os.fspath(candidate)
     if Path(candidate).suffix != ".onnx":
-        module = load(candidate)
+        module = by_place(load(candidate), names)
         return module, module, Path(candidate).suffix.lstrip(".")
     from reptool.formats.runners import in_structure, onnx_runner  # noqa: PLC0415  # onnxruntime is optional
 

@@ -81,7 +81,7 @@ class Failing(nn.Module):
         raise ZeroDivisionError("on purpose")
 
 
-def refuse(part, inputs):
+def refuse(part, inputs, named):
     """A fuse_one that fails."""
     raise CaptureError("cannot fuse it", at="0.1 (BatchNorm2d)", why="on purpose", do="nothing")
 
@@ -187,6 +187,8 @@ CALLS = {
     "names in another order": lambda s, x: s.neck(skip=x * 2, x=x),
     "without the optional ones": lambda s, x: s.neck(x),
     "an explicit None": lambda s, x: s.neck(x, None, x),
+    "one in the middle left out": lambda s, x: s.neck(x, extra=x),
+    "with a default and without": lambda s, x: s.neck(x) + s.neck(x, None) + s.neck(x, extra=None),
     "at two image sizes": lambda s, x: (s.neck(x), s.neck(x[:, :, 2:, 3:])),
     "at two batch sizes": lambda s, x: (s.neck(x[:1]), s.neck(x)),
 }

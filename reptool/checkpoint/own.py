@@ -6,7 +6,6 @@ A factory is code that the user asked us to import by naming it. In what follows
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reptool._version import __version__
 from reptool.checkpoint.eps import require_eps
 from reptool.checkpoint.health import check_health
-from reptool.checkpoint.zoo import ENGINE, build, network_of
+from reptool.checkpoint.parted import parts_fused, reports_of, within
+from reptool.checkpoint.zoo import build, network_of
 from reptool.errors import InputError, NotEquivalentError, NothingToFuseError
 from reptool.fusion import fuse
 from reptool.proof.endtoend import COPIES, DITHER, check_end_to_end, inputs_for, verify_models
@@ -25,7 +24,7 @@ from reptool.proof.runs import dithered_run, float64_run, plain_run
 from reptool.proof.verdict import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from reptool.checkpoint.networks import Network
     from reptool.checkpoint.read import Checkpoint
@@ -55,7 +54,10 @@ def build_own(read: Checkpoint, model: str, known: Network | None = None) -> nn.
     check_health(read.tensors)
     forms, do = iter([network]), "build the network with the arguments it was trained with"
     if read.metadata.get("reptool.form") == "deploy":
-        forms, do = _deploy_forms(network, model), f"fuse the training checkpoint again with -m {model}"
+        forms, do = (
+            _deploy_forms(network, model, parts_fused(read)),
+            f"fuse the training checkpoint again with -m {model}",
+        )
     misfit: list[str] = []
     for form in forms:
         tensors = _with_counters(form.state_dict(), tensors)
@@ -109,7 +111,7 @@ def _first(words: list[str]) -> str:
     return ", ".join(words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")
 
 
-def _deploy_forms(network: nn.Module, model: str) -> Iterator[nn.Module]:
+def _deploy_forms(network: nn.Module, model: str, only: Sequence[str]) -> Iterator[nn.Module]:
     """A network fused, to load a fused checkpoint into; at several image sizes, on which it depends what is worth it.
 
     Its own weights are drawn at random first, so that no law fires because one happens to be zero.
@@ -130,7 +132,7 @@ def _deploy_forms(network: nn.Module, model: str) -> Iterator[nn.Module]:
             failure = failure or error
         else:
             count += 1
-            yield fuse(network, inputs)
+            yield fuse(network, inputs, only=only or None)
     if failure and not count:
         raise failure
 
@@ -140,15 +142,16 @@ def factory(model: str) -> nn.Module:
     name, _, attribute = model.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)
+    do = f"name a module that Python can import from {here} or by PYTHONPATH, as in mynet.build:net"
     try:
-        made = getattr(importlib.import_module(name), attribute)()
+        module = importlib.import_module(name)
+        do = f"name a function or class of {name}"
+        found = getattr(module, attribute)
+        do = f"let {attribute}() work without arguments, and return the network"
+        made = found()
     except (Exception, SystemExit) as error:
-        raise InputError(
-            f"cannot build the network {model}",
-            at=model,
-            why=f"{type(error).__name__}: {error}",
-            do="name an importable module and a function or class that takes no arguments",
-        ) from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        raise InputError(f"cannot build the network {model}", at=model, why=why, do=do) from error
     finally:
         sys.path.remove(here)
     if not isinstance(made, nn.Module):
@@ -185,7 +188,9 @@ def own_inputs(network: nn.Module, model: str, size: tuple[int, int] | None) -> 
             f"{model} does not take {named}",
             at=model,
             why=failure,
-            do="give --img-size H or HxW, or let the network have a method example_inputs() that returns its inputs",
+            do="let it return what forward takes"
+            if callable(declared)
+            else "give --img-size H or HxW, or let the network have a method example_inputs() that returns its inputs",
         )
     return inputs
 
@@ -218,9 +223,14 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def fuse_own(
-    read: Checkpoint, model: str, size: tuple[int, int] | None, eps: float | None, known: Network | None = None
+    read: Checkpoint,
+    model: str,
+    size: tuple[int, int] | None,
+    eps: float | None,
+    known: Network | None = None,
+    only: Sequence[str] = (),
 ) -> tuple[nn.Module, Verdict]:
-    """The user's network, or a ``known`` one of the zoo, fused and verified end to end.
+    """The user's network, or a ``known`` one of the zoo, fused and verified end to end; of one's own perhaps ``only`` parts.
 
     Raises:  as ``build_own`` and ``own_inputs``; NothingToFuseError; NotEquivalentError
     """
@@ -228,14 +238,15 @@ def fuse_own(
         raise InputError("--eps is for checkpoints without a class", at=model, why="the class sets its own eps")
     network = build_own(read, model, known)
     inputs = own_inputs(network, model, size)
-    fused = fuse(network, inputs)
-    if not fused.fusion.regions:  # type: ignore[union-attr]
+    fused = fuse(network, inputs, only=only or None)
+    reports = reports_of(fused)
+    if not any(report.regions for report in reports.values()):
         raise NothingToFuseError(
-            f"{model} has nothing that could be fused",
+            f"{model} has nothing that could be fused" + (f" in {' or '.join(only)}" if only else ""),
             at=str(read.path),
             do=f"reptool export {read.path} -m {model} --format onnx",
         )
-    regions = tuple(r.proof for r in fused.fusion.regions)  # type: ignore[union-attr]
+    regions = tuple(within(path, r.proof) for path, report in reports.items() for r in report.regions)
     verdict = Verdict(regions=regions, end_to_end=tuple(_checks(network, fused, inputs, model)))
     if not verdict.passed:
         raise NotEquivalentError(f"the fused {model} is not equal to the original", at="; ".join(verdict.problems[:3]))
@@ -282,16 +293,3 @@ def _failure(network: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
     except Exception as error:  # noqa: BLE001  # whatever the user's code raises
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
-
-
-def own_metadata(read: Checkpoint, model: str, verdict: Verdict, known: Network | None = None) -> dict[str, str]:
-    """What travels in the file."""
-    return {
-        **({} if known is None else {"reptool.arguments": json.dumps(dict(known.arguments), sort_keys=True)}),
-        "reptool.implementation": ENGINE,
-        "reptool.version": __version__,
-        "reptool.architecture": model,
-        "reptool.form": "deploy",
-        "reptool.source_sha256": read.sha256,
-        "reptool.verdict": json.dumps(verdict.to_dict(), sort_keys=True),
-    }

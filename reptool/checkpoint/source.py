@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from reptool._version import __version__
 from reptool.checkpoint.load import module_of, takes
 from reptool.checkpoint.own import build_own, is_own, own_inputs
+from reptool.checkpoint.parted import parts_fused
 from reptool.checkpoint.read import read_checkpoint
 from reptool.errors import InputError
 from reptool.fusion import fuse
 from reptool.models import card, list_models
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from reptool.checkpoint.architectures import Recognition
@@ -63,9 +65,11 @@ def open_source(
     against: Path | None = None,
     eps: float | None = None,
     weights: Weights | None = None,
+    only: Sequence[str] = (),
 ) -> Source:
     """Read a checkpoint and make of it what is exported: its fused form, or on request its training form.
 
+    ``only`` names the parts of a network of one's own that are fused; by default those that were in a fused file.
     ``weights`` chooses between averaged weights and raw ones, in ``against`` where that is given: a fused file has no two.
     """
     start = time.perf_counter()
@@ -87,7 +91,8 @@ def open_source(
     module, notices = _float32(module)
     given = module
     if form == "training" and not training_form:
-        module = fuse(module, tuple(x.float() if x.is_floating_point() else x for x in inputs))
+        parts = only or parts_fused(read)
+        module = fuse(module, tuple(x.float() if x.is_floating_point() else x for x in inputs), only=parts or None)
     reference = given if form == "training" else module
     if against:
         reference = _float32(_original(against, model, eps, weights))[0]

@@ -15,7 +15,9 @@ from reptool.commands.options import (
     floats,
     image_size,
     model_option,
+    only_option,
     overwrite_option,
+    require_own,
     strict_option,
     verify_option,
     weights_option,
@@ -33,6 +35,7 @@ SUFFIX = {"onnx": ".onnx", "torchscript": ".torchscript.pt"}
 @click.option("--format", "file_format", type=click.Choice(list(SUFFIX)), default="onnx", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default beside the source.")
 @model_option
+@only_option
 @eps_option
 @weights_option
 @image_size
@@ -83,12 +86,14 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
       reptool export --format onnx
       reptool export ckpt.fused.safetensors --dynamic hw --opset 21
       reptool export mine.pt -m mynet.build:net --img-size 160
+      reptool export mine.pt -m mynet.build:net --only backbone --only neck.0
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.atomic import check_target  # noqa: PLC0415
     from reptool.checkpoint.source import open_source  # noqa: PLC0415
     from reptool.formats import export as write  # noqa: PLC0415
     from reptool.formats.onnx import check_options  # noqa: PLC0415
 
+    require_own(options["only"], options["model"])
     path = source or _only_checkpoint()
     if source is None:
         console.note(f"exporting {path}", quiet=options["quiet"])
@@ -103,6 +108,7 @@ def export(source: Path | None, file_format: str, output: Path | None, **options
         against=options["against"],
         eps=options["eps"],
         weights=options["weights"],
+        only=options["only"],
     )
     for text in opened.notices:
         console.note(text, quiet=options["quiet"])

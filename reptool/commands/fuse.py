@@ -16,17 +16,22 @@ from reptool.commands.options import (
     image_size,
     keys_option,
     model_option,
+    only_option,
     overwrite_option,
+    require_own,
     strict_option,
     verify_option,
     weights_option,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from reptool.checkpoint.convert import Conversion
     from reptool.checkpoint.networks import Network
     from reptool.checkpoint.read import Checkpoint
     from reptool.proof.verdict import Verdict
+    from reptool.report.fusion import FusionReport
 
 
 @click.command()
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write; default <stem>.fused.safetensors."
 )
 @model_option
+@only_option
 @eps_option
 @weights_option
 @keys_option
@@ -67,11 +73,13 @@ def fuse(checkpoint: Path, output: Path | None, model: str | None, eps: float | 
       reptool fuse RepVGG-A0-train.pth --keys timm
       reptool fuse detector.pt --eps 1e-3 --report blocks.json
       reptool fuse mine.pt -m mynet.build:net --img-size 160
+      reptool fuse mine.pt -m mynet.build:net --only backbone --only neck.0
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.atomic import check_target  # noqa: PLC0415
     from reptool.checkpoint.read import read_checkpoint  # noqa: PLC0415
     from reptool.checkpoint.zoo import ENGINE, network_of  # noqa: PLC0415
 
+    require_own(options["only"], model)
     alone = options["blocks_only"] or options["assume"] or options["fold_bn"]
     if options["keys"] and (alone or (model and ":" in model)):
         raise click.UsageError(f"--keys {options['keys']} is for networks that are known, whole")
@@ -220,43 +228,57 @@ def _fuse_own(
     read: Checkpoint, model: str, network: Network | None, target: Path, eps: float | None, options: dict[str, Any]
 ) -> None:
     """A network of the user's own, or one of the zoo: the graph engine instead of recipes."""
-    from reptool.checkpoint.own import fuse_own, own_metadata  # noqa: PLC0415
+    from reptool.checkpoint.own import fuse_own  # noqa: PLC0415
+    from reptool.checkpoint.parted import own_metadata, reports_of  # noqa: PLC0415
     from reptool.checkpoint.write import write_checkpoint  # noqa: PLC0415
     from reptool.checkpoint.zoo import image_size, require_engine_keys  # noqa: PLC0415
 
     if network is not None:
         require_engine_keys(network, options["keys"])
-    size = options["img_size"]
-    fused, verdict = fuse_own(read, model, size or (image_size(network) if network else None), eps, network)
-    report: Any = fused.fusion
+    size, only = options["img_size"], options["only"]
+    fused, verdict = fuse_own(read, model, size or (image_size(network) if network else None), eps, network, only)
+    reports = reports_of(fused)
     for text in read.notices:
         console.note(text, quiet=options["quiet"])
     _require_conclusive(verdict, strict=options["strict"])
     write_checkpoint(
-        target, fused.state_dict(), own_metadata(read, model, verdict, network), options["overwrite"], read.path
+        target, fused.state_dict(), own_metadata(read, model, verdict, network, only), options["overwrite"], read.path
     )
-    worst = sorted(report.regions, key=lambda region: -region.proof.error)
-    _write_report(read, model, [region.to_dict() for region in worst], options)
+    worst = sorted(((p, r) for p, report in reports.items() for r in report.regions), key=lambda pr: -pr[1].proof.error)
+    rows = [{**region.to_dict(), **({"part": path} if path else {})} for path, region in worst]
+    _write_report(read, model, rows, options)
     if options["as_json"]:
-        console.as_json(
-            {"schema_version": 1, "output": str(target), "fusion": report.to_dict(), "verdict": verdict.to_dict()}
-        )
+        found = {path: report.to_dict() for path, report in reports.items()}
+        fusion = {"fusion_parts": found} if only else {"fusion": found[""]}
+        console.as_json({"schema_version": 1, "output": str(target), **fusion, "verdict": verdict.to_dict()})
         return
     if options["verbose"]:
-        console.table(
-            ("region", "before", "after", "error"),
-            [(r.name, _counts(r.before), _counts(r.after), f"{r.proof.error:.1e}") for r in report.regions],
-        )
-        for at, why in report.kept_apart:
-            console.note(f"kept apart: {at}: {why}")
+        _print_regions(reports)
     named = f"{model} ({network.implementation} key names)" if network else model
     file = f"{target}  ({console.size(target.stat().st_size)})"
     console.table(("fused", ""), [("network", named), ("file", file)])
-    click.echo(report.summary())
+    for path, report in reports.items():
+        click.echo(f"{path}: {report.summary()}" if path else report.summary())
     click.echo(verdict.summary())
-    given = f" --img-size {size[0]}x{size[1]}" if size else ""
+    given = (f" --img-size {size[0]}x{size[1]}" if size else "") + "".join(f" --only {path}" for path in only)
     source = target if network else f"{read.path} -m {model}"
     console.next_command(f"reptool export {source} --format onnx{given}")
+
+
+def _print_regions(reports: Mapping[str, FusionReport]) -> None:
+    """Every region with its error, and what was kept apart and is left, by part and one line each."""
+    rows = [
+        (f"{path}.{r.name}" if path else r.name, _counts(r.before), _counts(r.after), f"{r.proof.error:.1e}")
+        for path, report in reports.items()
+        for r in report.regions
+    ]
+    console.table(("region", "before", "after", "error"), rows)
+    for path, report in reports.items():
+        inside = f"{path}: " if path else ""
+        for at, why in report.kept_apart:
+            console.note(f"kept apart: {inside}{at}: {why}")
+        for at, kind, why in report.left:
+            console.note(f"left: {inside}{kind} {at}: {why}")
 
 
 def _counts(kinds: dict[str, int]) -> str:

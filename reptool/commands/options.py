@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -16,6 +16,12 @@ model_option = click.option(
     "--model",
     metavar="NAME|MODULE:FACTORY",
     help="A network of `reptool models`, or your own code: package.module:factory.",
+)
+only_option = click.option(
+    "--only",
+    multiple=True,
+    metavar="PATH",
+    help="Fuse only this part of your own network, by module path, such as backbone or neck.0; repeatable.",
 )
 eps_option = click.option(
     "--eps",
@@ -66,6 +72,19 @@ def common(command: F) -> F:
     command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
     command = click.option("-q", "--quiet", is_flag=True, help="No notices on stderr.")(command)
     return click.option("-v", "--verbose", count=True, help="One line a region.")(command)
+
+
+def require_own(only: Sequence[str], model: str | None) -> None:
+    """Refuse parts of a network whose class is not given; a checkpoint itself has no modules to name."""
+    from reptool.errors import InputError  # noqa: PLC0415
+
+    if only and not (model and ":" in model):
+        raise InputError(
+            f"--only {only[0]} names a part of a network of your own",
+            at=f"-m {model}" if model else "no -m is given",
+            why="a network of the zoo is fused whole" if model else "a checkpoint has weights, and no modules to call",
+            do=f"add -m package.module:factory, or leave out --only {only[0]}",
+        )
 
 
 def floats(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:

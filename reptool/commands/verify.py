@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reptool.commands import console
-from reptool.commands.options import common, eps_option, image_size, model_option, strict_option, weights_option
+from reptool.commands.options import (
+    common,
+    eps_option,
+    image_size,
+    model_option,
+    only_option,
+    require_own,
+    strict_option,
+    weights_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @model_option
+@only_option
 @eps_option
 @weights_option
 @image_size
@@ -39,6 +49,7 @@ def verify(
     Examples:
       reptool verify ckpt.pt ckpt.fused.safetensors
       reptool verify ckpt.pt model.onnx
+      reptool verify mine.pt mine.fused.safetensors -m mynet.build:net --only backbone
     """  # noqa: D301  # click reads the backslashes
     from reptool.checkpoint.source import open_source  # noqa: PLC0415
     from reptool.errors import InconclusiveError, NotEquivalentError  # noqa: PLC0415
@@ -46,7 +57,8 @@ def verify(
     from reptool.proof.endtoend import verify_models  # noqa: PLC0415
     from reptool.proof.verdict import Verdict  # noqa: PLC0415
 
-    reference = open_source(a, model, img_size, eps=eps, weights=options["weights"])
+    require_own(options["only"], model)
+    reference = open_source(a, model, img_size, eps=eps, weights=options["weights"], only=options["only"])
     example = reference.example()
     images = len(example) == 1 and example[0].dim() == 4 and example[0].is_floating_point()
     candidate, own_noise, fixed = _candidate(b, model, eps, images=images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from reptool._version import __version__
 from reptool.checkpoint.atomic import atomic_file, check_target
 from reptool.errors import ExportError, InconclusiveError, InputError, NotEquivalentError
 from reptool.formats.onnx import check_options, export_onnx
+from reptool.formats.placed import by_place
 from reptool.formats.record import ExportRecord, need, require_eval
 from reptool.formats.runners import onnx_runner, structured_like, torchscript_runner
 from reptool.formats.torchscript import append_extra, export_torchscript, read_extra
@@ -59,6 +61,7 @@ class _Job:
     opset: int
     dynamic: str
     metadata: Mapping[str, str]
+    input_names: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -73,9 +76,10 @@ class _Job:
 def export(
     module: nn.Module,
     path: str | Path,
-    example: tuple[Tensor, ...],
+    example: tuple[Tensor, ...] | Tensor,
     format: str = "onnx",  # noqa: A002 - the word users type
     *,
+    example_kwargs: Mapping[str, Tensor] | None = None,
     reference: nn.Module | None = None,
     null_model: nn.Module | None = None,
     opset: int = 20,
@@ -91,18 +95,23 @@ def export(
     The file is held to the float64 run of ``reference`` (default: the module itself) at two batch sizes and, where
     height and width are left open, at two image sizes; ``null_model`` (default: the module) gives the noise. Its
     metadata ends with the verdict and, in ONNX, a digest of all that stands before. Floating inputs are drawn, others
-    made of the rows of the example.
+    made of the rows of the example. The file takes those in ``example_kwargs`` behind the others; its inputs then have
+    the names of the arguments, where the format has names.
 
     **Shapes**: the first axis of every example is the batch. **Raises**: NotEquivalentError, or with ``strict``
     InconclusiveError, and no file is there;
     ExportError, InputError, MissingPackageError and OutputError before or while writing, likewise.
     """
+    named = dict(example_kwargs or {})
+    example = (*((example,) if isinstance(example, Tensor) else example), *named.values())
+    names = _names(module, len(example) - len(named), named)
     _check_request(module, example, format, dynamic)
     check_options(opset, dynamic, simplify)
     target = check_target(path, overwrite, input_path)
     need(*(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()))
     given = {"reptool.version": __version__, **(metadata or {})}
-    job = _Job(module, example, format, reference or module, null_model or module, opset, dynamic, given)
+    models = [by_place(model, named) for model in (module, reference or module, null_model or module)]
+    job = _Job(models[0], example, format, models[1], models[2], opset, dynamic, given, names)
     with atomic_file(path, overwrite, input_path) as temporary:
         record, verdict = _write_and_verify(job, temporary, simplify)
         if not verdict.passed:
@@ -117,6 +126,15 @@ def export(
         with job.timed("seal"):
             _seal(job, temporary, verdict)
     return ExportReport(target, verdict, record, job.seconds)
+
+
+def _names(module: nn.Module, count: int, named: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The names of the arguments, those by place first, if some are given by name; as usual if none is."""
+    places = [f"input_{index}" for index in range(count)]
+    for index, parameter in enumerate(inspect.signature(module.forward).parameters.values()):
+        if index < count and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            places[index] = parameter.name
+    return (*places, *named) if named else ()
 
 
 def _check_request(module: nn.Module, example: tuple[Tensor, ...], format: str, dynamic: str) -> None:  # noqa: A002
@@ -165,6 +183,7 @@ def _write(job: _Job, path: Path, simplify: str) -> ExportRecord:
             path,
             opset=job.opset,
             dynamic=job.dynamic,
+            input_names=job.input_names,
             metadata=job.metadata,
             simplify_mode=simplify,
         )

@@ -5,6 +5,7 @@ Whether the file computes what the module does is not decided here; see ``delive
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,8 +82,9 @@ def _capture(module: nn.Module, example: tuple[Tensor, ...], dynamic: str) -> to
             )
     double = bool(axes) and any(x.shape[0] == 1 for x in example)
     example = tuple(torch.cat([x, x]) if double else x.clone() for x in example)  # one tensor twice would be one input
-    shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _ in example)
+    opened = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _ in example)
     try:
+        shapes = inspect.signature(module.forward).bind(*opened).arguments  # some may be gathered under one name
         with quiet(), torch.no_grad():
             return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
     except Exception as error:

@@ -13,12 +13,16 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
+from reptool.formats.placed import ByPlace, by_place
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 def with_open_sizes(module: nn.Module) -> nn.Module:
     """The module, or a copy that shares its weights and asks for sizes, and uses them, as Python code would."""
+    if isinstance(module, ByPlace):
+        return by_place(with_open_sizes(module.module), module.names)
     if not isinstance(module, fx.GraphModule) or not any(_is_size(node) for node in module.graph.nodes):
         return module
     graph = copy.deepcopy(module.graph)  # of nodes; the weights stay with the module

@@ -45,6 +45,14 @@ def location(error: BaseException, model: nn.Module) -> str | None:
     return ", ".join(part for part in (named, line) if part) or None
 
 
+def innermost(error: BaseException, model: nn.Module) -> str | None:
+    """The innermost module whose forward was running, whoever wrote it, and the line of the caller's own code."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    running = [id(_first_argument(frame)) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    named = [described(model, paths[module]) for module in running if module in paths]
+    return ", ".join([*named[-1:], *filter(None, (place(error, model)[1],))]) or None
+
+
 def described(model: nn.Module, path: str) -> str:
     """A module path with its class, as messages name it."""
     return f"{path or '(root)'} ({type(model.get_submodule(path)).__name__})"
@@ -54,7 +62,8 @@ def reason(error: BaseException) -> str:
     """Why a capture failed, in one clause."""
     if is_data_dependent(error):
         return "what it does depends on the values in a tensor, and a graph has one way for all values"
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return first.removesuffix(", but expected one of:")
 
 
 def is_data_dependent(error: BaseException) -> bool:
@@ -73,8 +82,7 @@ def parts_around(model: nn.Module, path: str | None) -> list[str]:
 def advice(error: BaseException, model: nn.Module) -> str:
     """What to do about a model that is no graph as a whole."""
     around = ", ".join(f'"{name}"' for name in parts_around(model, place(error, model)[0]))
-    python = "only= is an argument of the Python call reptool.fuse, see docs/own-networks.md"
-    fuse = f"fuse the parts around it with only=[{around}]; {python}" if around else ""
+    fuse = f"fuse the parts around it with only=[{around}], on the command line --only PATH each" if around else ""
     if is_data_dependent(error):
         return ", or ".join(filter(None, ("make that part independent of the data", fuse)))
     return "; if it does, ".join(filter(None, ("check that the model takes these inputs", fuse)))

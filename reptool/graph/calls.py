@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from reptool.errors import CaptureError, ReptoolError
 from reptool.graph.blame import location, reason
+from reptool.graph.signature import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,22 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a part: its arguments by position, and the names of those that have no position."""
+    """One call of a part: its arguments as a graph gets them, by place and by name."""
 
-    arguments: tuple[Any, ...]
-    unplaced: tuple[str, ...] = ()
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
     @property
     def form(self) -> str:
         """All of a call but the sizes and the values of its tensors."""
-        leaves, spec = pytree.tree_flatten(self.arguments)
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs) if self.kwargs else self.args)
         kinds = [f"{v.dim()}-axis {v.dtype} on {v.device}" if isinstance(v, Tensor) else repr(v) for v in leaves]
         return f"({', '.join(kinds)}) as {spec}" if spec.num_nodes > 1 + len(leaves) else f"({', '.join(kinds)})"
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of every argument; empty for what is no tensor."""
-        return [tuple(v.shape) if isinstance(v, Tensor) else () for v in pytree.tree_leaves(self.arguments)]
+        return [tuple(v.shape) if isinstance(v, Tensor) else () for v in pytree.tree_leaves((self.args, self.kwargs))]
 
 
 class Watch(TorchFunctionMode):
@@ -85,8 +86,8 @@ class Watch(TorchFunctionMode):
 
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running[part] += 1
-        bound = inspect.signature(part.forward).bind(*args, **kwargs)
-        self.calls[part].append(Call(bound.args, tuple(bound.kwargs)))
+        layout = Layout.of(inspect.signature(part.forward), args, kwargs)
+        self.calls[part].append(Call(*layout.arranged(args, kwargs)))
 
     def _leave(self, part: nn.Module, *_: Any) -> None:
         self.running[part] -= 1
@@ -105,11 +106,13 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def run_once(model: nn.Module, example: tuple[Any, ...], watch: Watch | None = None) -> None:
+def run_once(
+    model: nn.Module, args: tuple[Any, ...], watch: Watch | None = None, *, kwargs: Mapping[str, Any] | None = None
+) -> None:
     """Run a model in eval mode on a copy of the example, watched; its flags and buffers are as before afterwards."""
     with _as_it_was(model), torch.no_grad(), watch.attached() if watch else nullcontext():
         try:
-            model(*pytree.tree_map_only(Tensor, torch.clone, example))
+            model(*pytree.tree_map_only(Tensor, torch.clone, args), **_cloned(kwargs or {}))
         except ReptoolError:
             raise
         except Exception as error:
@@ -119,6 +122,11 @@ def run_once(model: nn.Module, example: tuple[Any, ...], watch: Watch | None = N
                 why=reason(error),
                 do="give inputs that it takes",
             ) from error
+
+
+def _cloned(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with tensors of their own."""
+    return {name: pytree.tree_map_only(Tensor, torch.clone, value) for name, value in kwargs.items()}
 
 
 @contextmanager

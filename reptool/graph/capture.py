@@ -16,25 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as torch_module
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from reptool.errors import CaptureError
 from reptool.graph.blame import described, reason
+from reptool.graph.examples import read_example
 from reptool.graph.export import export
 from reptool.graph.guards import guard_inputs
+from reptool.graph.hooks import refuse_hooks
 from reptool.graph.inplace import drop_dropouts, is_functional, make_functional, uncertain, writer_to
 from reptool.graph.keeping import kept
 from reptool.graph.naming import module_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch.export import ExportedProgram
     from torch.utils import _pytree as pytree
 
+    from reptool.graph.signature import Layout
 
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default  # noqa: SLF001  # operators like any other
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # noqa: SLF001
@@ -45,7 +44,7 @@ class Captured:
     """A functional graph with its weights.
 
     ``state`` maps a placeholder to (qualified name, tensor); ``inputs`` are the user's placeholders in order; the two
-    specs rebuild the call signature and the output structure. ``graphs`` holds what the graph names as an attribute: a
+    specs and the layout rebuild the call and the output structure. ``graphs`` holds what the graph names as an attribute: a
     graph that one of its nodes calls, such as the inside of an autocast.
     """
 
@@ -54,25 +53,28 @@ class Captured:
     inputs: tuple[fx.Node, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
-    argument_names: tuple[str, ...]
+    layout: Layout
     graphs: nn.Module
 
 
-def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
+def capture(
+    model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, example_kwargs: Mapping[str, Any] | None = None
+) -> Captured:
     """The functional graph of a model in eval mode.
 
-    Raises:  CaptureError for a module in training mode, a hook that could change a value, buffers that change, or
-             control flow that depends on data
+    Raises:  CaptureError for a module in training mode, a hook that would be lost, buffers that change, or control flow
+             that depends on data; InputError if the example is no call of the model
     """
     refuse_training(model)
     refuse_hooks(model)
-    with quiet(), torch.no_grad(), kept(model) as assigned:
+    example = read_example(model, example_inputs, example_kwargs)
+    with quiet(errors_too=True), torch.no_grad(), kept(model) as assigned:
         exported = export(model, example)
         program = _functional(exported.program, model)
     _refuse_memory(program, assigned)
     _drop_assertions(program.graph)
     guard_inputs(program, exported.channels, outgrown=exported.outgrown)
-    return _captured(program)
+    return _captured(program, example.layout)
 
 
 def refuse_training(model: nn.Module) -> None:
@@ -87,36 +89,14 @@ def refuse_training(model: nn.Module) -> None:
             )
 
 
-_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Torch's own hooks that compute a weight before the call: they are traced with it."""
-
-
-def refuse_hooks(model: nn.Module) -> None:
-    """Raise if a hook could change a value, unless it is one of torch's own that compute a weight."""
-    every = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)  # noqa: SLF001
-    for hook in (hook for hooks in every for hook in hooks.values()):
-        raise _foreign_hook("the model: a forward hook is registered for every module", hook, "every module")
-    for path, module in model.named_modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):  # noqa: SLF001
-            if not isinstance(hook, _WEIGHT_HOOKS):
-                named = f"{path or 'the model'}: it carries a forward hook"
-                raise _foreign_hook(named, hook, described(model, path))
-
-
-def _foreign_hook(what: str, hook: Callable[..., Any], at: str) -> CaptureError:
-    return CaptureError(
-        f"cannot fuse {what}",
-        at=f"{at}, hook {getattr(hook, '__qualname__', type(hook).__qualname__)}",
-        why="a hook may change what the module returns, and it would be lost",
-        do="remove the hook, fuse, and register it again on the result",
-    )
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence torch's notices about its own internals, printed ones too; errors still raise."""
+def quiet(*, errors_too: bool = False) -> Iterator[None]:
+    """Silence torch's notices about its own internals, printed ones too; errors still raise.
+
+    ``errors_too``: also what it logs of an error besides raising it.
+    """
     level = logging.root.manager.disable
-    logging.disable(max(level, logging.WARNING))
+    logging.disable(max(level, logging.ERROR if errors_too else logging.WARNING))
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -211,7 +191,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _captured(program: ExportedProgram) -> Captured:
+def _captured(program: ExportedProgram, layout: Layout) -> Captured:
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants
@@ -223,13 +203,4 @@ def _captured(program: ExportedProgram) -> Captured:
         raise AssertionError("torch.export returned no call spec; please report this")
     given = set(signature.user_inputs)  # a property that makes a new list each time
     inputs = tuple(n for n in holders if n.name in given)
-    arguments = _argument_names(program, in_spec)
-    return Captured(program.graph, state, inputs, in_spec, out_spec, arguments, program.graph_module)
-
-
-def _argument_names(program: ExportedProgram, in_spec: pytree.TreeSpec) -> tuple[str, ...]:
-    """The names of the arguments in the call; empty where the signature gathers them under one name."""
-    calls = program.module_call_graph
-    names = calls[0].signature.forward_arg_names if calls and calls[0].signature else None
-    fits = names is not None and len(names) == in_spec.child(0).num_children
-    return tuple(names or ()) if fits else ()
+    return Captured(program.graph, state, inputs, in_spec, out_spec, layout, program.graph_module)

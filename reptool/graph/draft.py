@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from reptool.affine.operators import Conv, Operator
-from reptool.graph.naming import module_path
+from reptool.graph.naming import place
 from reptool.graph.read import Reader
 from reptool.graph.values import OPERATOR
 
@@ -72,10 +72,10 @@ class Draft:
             self.graph.erase_node(old)
             self.origin.pop(old, None)
 
-    def keep_apart(self, nodes: Sequence[fx.Node], why: str) -> None:
-        """Note why nodes were left as they are, though a rule could have rewritten them."""
-        paths = dict.fromkeys(module_path(node) or "(root)" for node in nodes)
-        self.kept_apart.append((" -> ".join(paths), why))
+    def keep_apart(self, nodes: Sequence[fx.Node], why: str, *, beside: bool = False) -> None:
+        """Note why nodes, in a row or beside each other, were left as they are, though a rule could have rewritten them."""
+        places = dict.fromkeys(place(node, self.reader) for node in nodes)
+        self.kept_apart.append(((" + " if beside else " -> ").join(places), why))
 
     def prune(self, nodes: Sequence[fx.Node]) -> None:
         """Erase nodes that nobody reads any more, and what only they read."""
@@ -134,6 +134,7 @@ _SHAPE_OF_SECOND = (
     torch.ops.aten.reshape_as.default,
     torch.ops.aten.view_as.default,
     torch.ops.aten.expand_as.default,
+    torch.ops.aten.type_as.default,
 )
 
 

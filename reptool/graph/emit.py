@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional as F
 
 from reptool.affine.form import Form
 from reptool.affine.operators import Conv, ConvTranspose, Scale
 from reptool.affine.pointwise import uniform
 from reptool.graph.fused import Fused, stored
+from reptool.graph.guards import TENSOR
 from reptool.graph.layers import exact_weights, has_even_border, layer_of, rounded_weights
 from reptool.graph.leftovers import is_learned
 from reptool.graph.naming import distinct, module_path, parts_of, region_path, safe
-from reptool.graph.values import arguments_of
+from reptool.graph.signature import Signed, set_signature
+from reptool.graph.values import OPERATOR, arguments_of
 
 if TYPE_CHECKING:
     from reptool.affine.operators import Operator
@@ -39,7 +40,8 @@ class Emitted:
     """A fused module, and the names of the values that were rewritten.
 
     ``written`` maps every node that is still computed to its node in the fused module, ``copied`` those that were copied
-    as they are; ``new`` are the paths of new layers, with the value and the term that each computes.
+    as they are; ``new`` are the paths of new layers, with the value and the term that each computes. ``computed`` are the
+    weights, by layer path and name, that a layer which stayed holds of what the original computes before each call.
     """
 
     module: Fused
@@ -48,6 +50,7 @@ class Emitted:
     written: dict[fx.Node, fx.Node]
     copied: dict[fx.Node, fx.Node]
     new: dict[str, tuple[Value, int]]
+    computed: dict[str, dict[str, fx.Node]]
 
     def exact(self, path: str) -> dict[str, torch.Tensor]:
         """The weights of a new layer in float64, before they were rounded; worked out anew, since they are large."""
@@ -62,12 +65,12 @@ def emit(captured: Captured, plan: Plan) -> Emitted:
         argument = node.op == "placeholder" and node not in captured.state
         if argument or node in writer.needed:
             writer.write(node)
-    writer.graph.set_codegen(_codegen(captured))
+    set_signature(writer.graph, _signed(captured))
     module = Fused(writer.root, writer.graph, "Fused")
     module.recompile()
     module.eval()
     names = {n: writer.names[n] for n in writer.regions}
-    return Emitted(module, plan, names, writer.env, writer.copied, writer.new)
+    return Emitted(module, plan, names, writer.env, writer.copied, writer.new, writer.computed)
 
 
 class _Writer:
@@ -78,6 +81,7 @@ class _Writer:
         self.regions: set[fx.Node] = set()
         self.copied: dict[fx.Node, fx.Node] = {}
         self.new: dict[str, tuple[Value, int]] = {}
+        self.computed: dict[str, dict[str, fx.Node]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.shared: dict[Any, str] = {}
         self.used = parts_of(name for name, _ in captured.state.values())
@@ -188,8 +192,7 @@ class _Writer:
         """A copy of a weight, one for all who share it."""
         name, tensor = self.captured.state.get(node) or (node.name, self.reader.tensor(node))
         if name not in self.parameters:
-            trainable = tensor.requires_grad if node in self.captured.state else True  # type: ignore[union-attr]
-            self.parameters[name] = nn.Parameter(tensor.detach().clone(), trainable)  # type: ignore[union-attr]
+            self.parameters[name] = nn.Parameter(tensor.detach().clone(), self.reader.is_trained(node))  # type: ignore[union-attr]
         return self.parameters[name]
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
@@ -206,8 +209,10 @@ class _Writer:
         atom, key = value.form.terms[0].atom, self._key(value)
         if key not in self.shared:
             given = arguments_of(value.node)
-            weights = {n: self._parameter(given[n]) for n in ("weight", "bias") if given[n] is not None}
+            read = {n: given[n] for n in ("weight", "bias") if given[n] is not None}
+            weights = {n: self._parameter(node) for n, node in read.items()}
             self.shared[key] = self.names[value.node]
+            self.computed[self.shared[key]] = {n: node for n, node in read.items() if node not in self.captured.state}
             self._add(self.names[value.node], layer_of(self._own(value), weights).module)
         written = self.graph.call_module(self.shared[key], (self.env[atom],))  # type: ignore[index]
         written.meta.update(value.node.meta)
@@ -216,7 +221,7 @@ class _Writer:
     def _region(self, value: Value) -> fx.Node:
         name = self.names[value.node]
         dtype, device = value.node.meta["val"].dtype, _device(value, self.plan)
-        learned = is_learned(value, self.plan)
+        learned, trained = is_learned(value, self.plan), _is_trained(value, self.plan)
         parts = []
         for index, term in enumerate(self.plan.exact(value).terms):
             path = name if len(value.form.terms) == 1 else f"{name}.{index}"
@@ -224,7 +229,7 @@ class _Writer:
             if number is not None:
                 parts.append(self.graph.call_function(torch.mul, (self.env[term.atom], number)))  # type: ignore[index]
                 continue
-            weights = rounded_weights(term.operator, dtype, device)
+            weights = rounded_weights(term.operator, dtype, device, trained=trained)
             if weights:
                 self.new[path] = (value, index)
             parts.append(self._term(path, term.operator, weights, self.env[term.atom]))  # type: ignore[index]
@@ -272,7 +277,14 @@ def _device(value: Value, plan: Plan) -> torch.device:
     return device
 
 
-def _codegen(captured: Captured) -> _PyTreeCodeGen:
+def _is_trained(value: Value, plan: Plan) -> bool:
+    """Whether any weight that went in is trained; of a node that a rule made it is not known which ones did."""
+    made = any(OPERATOR in node.meta for node in value.sources)
+    return made or any(plan.reader.is_trained(used) for node in value.sources for used in node.all_input_nodes)
+
+
+def _signed(captured: Captured) -> Signed:
     """The call signature and output structure of the original."""
-    names = list(captured.argument_names) or [n.name for n in captured.inputs]
-    return _PyTreeCodeGen(_PyTreeInfo(names, captured.in_spec, captured.out_spec))
+    holders = [n for n in captured.graph.nodes if n.op == "placeholder" and n not in captured.state]
+    leaves = tuple(TENSOR if isinstance(n.meta.get("val"), torch.Tensor) else n.meta.get("val") for n in holders)
+    return Signed(captured.layout, (captured.in_spec, captured.out_spec), leaves)

@@ -13,19 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from reptool.errors import CaptureError
 from reptool.graph.blame import advice, is_data_dependent, location, reason
+from reptool.graph.examples import require_runs
 from reptool.graph.growth import BoundedSizes, GrowthError
 from reptool.graph.guards import fixed_by_layers, is_number, tensor_inputs
 from reptool.graph.values import operator_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch.export import ExportedProgram
 
+    from reptool.graph.examples import Example
+
+    _Call = tuple[tuple[Any, ...], dict[str, Any]]
+    """Arguments by place, and by name."""
     Axes = Callable[[int, Tensor], list[int]]
     """The axes to open of a leaf of the example, by its place and itself."""
 
@@ -44,12 +50,12 @@ class Export:
     outgrown: bool = False
 
 
-def export(model: nn.Module, example: tuple[Any, ...]) -> Export:
+def export(model: nn.Module, example: Example) -> Export:
     """Capture with the sizes open that the model leaves open.
 
     Raises:  CaptureError
     """
-    attempts = _Attempts(model, _two_of(example))
+    attempts = _Attempts(model, _two_of((example.args, example.kwargs)))
     program = attempts.at(_open)
     if program is not None:
         read = _read_as_channels(program)
@@ -59,8 +65,10 @@ def export(model: nn.Module, example: tuple[Any, ...]) -> Export:
             # a size that became a number is written as one only if it was one from the start
             program = attempts.at(lambda place, _: still_open[place]) or program
         return Export(program, channels)
-    program = attempts.at(_image) or attempts.at(_batch) or attempts.at(_none, example)
+    program = attempts.at(_image) or attempts.at(_batch) or attempts.at(_none, (example.args, example.kwargs))
     if program is None:
+        if not attempts.is_hopeless:
+            require_runs(model, example)
         raise attempts.no_graph() from attempts.failure
     return Export(program, _read_as_channels(program), attempts.outgrown)
 
@@ -68,7 +76,7 @@ def export(model: nn.Module, example: tuple[Any, ...]) -> Export:
 class _Attempts:
     """Trials on one model, and how the last one failed."""
 
-    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, example: _Call) -> None:
         self.model, self.example = model, example
         self.leaves = [(i, t) for i, t in enumerate(pytree.tree_leaves(example)) if isinstance(t, Tensor)]
         self.failure: Exception = AssertionError("no attempt was made; please report this")
@@ -79,16 +87,17 @@ class _Attempts:
         """Whether no other choice of sizes can help."""
         return is_data_dependent(self.failure)
 
-    def at(self, axes: Axes, example: tuple[Any, ...] | None = None) -> ExportedProgram | None:
+    def at(self, axes: Axes, example: _Call | None = None) -> ExportedProgram | None:
         """The program with these axes open, or None."""
         if self.is_hopeless:
             return None
-        inputs = self.example if example is None else example
+        args, kwargs = self.example if example is None else example
+        bounded = contextlib.nullcontext() if axes in (_batch, _none) else BoundedSizes()
         try:
-            given = inspect.signature(self.model.forward).bind(*inputs).arguments
-            bounded = contextlib.nullcontext() if axes in (_batch, _none) else BoundedSizes()
-            with bounded:
-                return torch.export.export(self.model, inputs, strict=False, dynamic_shapes=_shapes(given, axes))
+            with _spelled_out(self.model, kwargs), bounded:
+                given = inspect.signature(self.model.forward).bind(*args, **kwargs).arguments
+                shapes = _shapes(given, axes)
+                return torch.export.export(self.model, args, kwargs, strict=False, dynamic_shapes=shapes)
         except Exception as error:  # noqa: BLE001  # torch.export raises many kinds; the last one is reported
             self.failure = error
             self.outgrown |= isinstance(error, GrowthError)
@@ -102,6 +111,30 @@ class _Attempts:
             why=reason(self.failure),
             do=advice(self.failure, self.model),
         )
+
+
+@contextlib.contextmanager
+def _spelled_out(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, arguments that forward gathers by name are parameters of their own; torch.export mixes up their sizes."""
+    parameters = inspect.signature(model.forward).parameters
+    gathered = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in parameters]
+    if not gathered:
+        yield
+        return
+    own = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    before, given = model.forward, vars(model).get("forward")
+
+    def forward(*args: Any, **more: Any) -> Any:
+        return before(*args, **more)
+
+    forward.__signature__ = inspect.Signature([*own, *gathered])  # type: ignore[attr-defined]  # inspect reads it
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if given is not None:
+            model.forward = given
 
 
 def _open(_: int, x: Tensor) -> list[int]:
@@ -124,7 +157,7 @@ def _none(_: int, __: Tensor) -> list[int]:
     return []
 
 
-def _two_of(example: tuple[Any, ...]) -> tuple[Any, ...]:
+def _two_of(example: _Call) -> _Call:
     """The example with a batch of one doubled: torch.export takes a size of one for a constant."""
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
     if not tensors or any(t.dim() < 2 or t.shape[0] != 1 for t in tensors):
@@ -143,7 +176,8 @@ def _shapes(given: dict[str, Any], axes: Axes) -> Any:
 
 def _left_open(program: ExportedProgram, channels: frozenset[tuple[str, int]]) -> dict[int, list[int]]:
     """The axes of each input that did not become numbers and are no channels, by the place of the input."""
-    places = {str(name): place for place, name in enumerate(program.graph_signature.user_inputs)}
+    specs = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    places = {spec.arg.name: place for place, spec in enumerate(specs)}
     found: dict[int, list[int]] = {}
     for node in tensor_inputs(program):
         sizes = enumerate(node.meta["val"].shape)

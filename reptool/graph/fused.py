@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import reduce
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from reptool.errors import InputError
-from reptool.graph.guards import require_same
+from reptool.graph.guards import NOTHING, TENSOR, shown
+from reptool.graph.signature import Signed
 
 
 class Stored(fx.GraphModule):
@@ -49,8 +48,9 @@ class Fused(Stored):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute, unless the arguments are not built like the example's; a compiler traces the rest alone."""
-        if not torch.compiler.is_compiling():
-            _require_structure(self.graph, args, kwargs)
+        codegen = self._graph._codegen  # noqa: SLF001  # no other way to it
+        if isinstance(codegen, Signed) and not torch.compiler.is_compiling():
+            _require_structure(codegen, args, kwargs)
         return super().__call__(*args, **kwargs)
 
 
@@ -149,50 +149,42 @@ def _row(node: fx.Node, places: dict[fx.Node, _Place]) -> tuple[Any, ...]:
     return node.op, node.name, target, arguments, node.type, node.meta.get("stack_trace")
 
 
-def _require_structure(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _require_structure(codegen: Signed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise unless every argument is built like the example's, with tensors where that had tensors."""
-    codegen = graph._codegen  # noqa: SLF001  # no other way to it
-    info = codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
-    given = {} if info is None else {**dict(zip(info.orig_args, args, strict=False)), **kwargs}
-    if info is None or list(given) != list(info.orig_args[: len(given)]) or len(given) != len(info.orig_args):
-        return  # Python says what is missing
-    leaves, spec = pytree.tree_flatten((tuple(given.values()), {}))
-    if spec == info.in_spec and all(isinstance(leaf, Tensor) for leaf in leaves):
+    if codegen.flat:
+        for name, value in (*zip(codegen.order, args, strict=False), *kwargs.items()):
+            if name in codegen.tensors and not isinstance(value, Tensor | fx.Proxy):
+                raise _other_structure(name, value, TENSOR)
         return
-    holders = takewhile(lambda node: node.op == "placeholder", graph.nodes)
-    words = [_word(node) for node in holders]
-    wanted = pytree.tree_unflatten(words, info.in_spec)[0]
-    for (name, value), example in zip(given.items(), wanted, strict=True):
-        if not _fits(value, example):
-            raise InputError(
-                f"the argument {name} is {_shown(value)}, and the model was fused for {_shown(example)}",
-                why="how its arguments are built is part of the graph",
-                do="fuse the model again with such an argument in its example inputs",
-            )
+    layout = codegen.layout
+    try:
+        given = layout.arranged(args, kwargs)
+    except TypeError:
+        return  # Python says what is missing
+    leaves, spec = pytree.tree_flatten(given)
+    if spec == codegen.pytree_info.in_spec and all(map(_is_tensor_or_constant, leaves, codegen.leaves)):
+        return
+    named, wanted = layout.named(*given), layout.named(*codegen.example)
+    for name in {**wanted, **named}:
+        value, example = named.get(name, NOTHING), wanted.get(name, NOTHING)
+        if value is NOTHING or example is NOTHING or not _fits(value, example):
+            raise _other_structure(name, value, example)
 
 
-class _Word(str):
-    """What stands at a place of the example, shown without quotes."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
-
-
-_TENSOR, _CONSTANT = _Word("a tensor"), _Word("a constant")
+def _other_structure(name: str, value: Any, example: Any) -> InputError:
+    return InputError(
+        f"the argument {name} is {shown(value)}, and the model was fused for {shown(example)}",
+        why="how its arguments are built is part of the graph",
+        do="fuse the model again with such an argument in its example inputs",
+    )
 
 
-def _word(holder: fx.Node) -> _Word:
-    """What the example had for a placeholder; a constant is compared in the graph."""
-    return _CONSTANT if any(user.target is require_same for user in holder.users) else _TENSOR
+def _is_tensor_or_constant(leaf: Any, word: Any) -> bool:
+    """Whether a leaf is a tensor, if the example had one; a constant is compared in the graph."""
+    return word is not TENSOR or isinstance(leaf, Tensor | fx.Proxy)
 
 
 def _fits(value: Any, example: Any) -> bool:
     """Whether a value has the example's parts, and tensors where it has; lists may be tuples, entries in any order."""
     given, wanted = (dict(pytree.tree_flatten_with_path(tree)[0]) for tree in (value, example))
-    tensors = (given.get(path) for path, word in wanted.items() if word is _TENSOR)
-    return given.keys() == wanted.keys() and all(isinstance(leaf, Tensor | fx.Proxy) for leaf in tensors)
-
-
-def _shown(value: Any) -> str:
-    """A value with its tensors in words."""
-    return f"{pytree.tree_map_only(Tensor, lambda _: _TENSOR, value)!r:.80}"
+    return given.keys() == wanted.keys() and all(_is_tensor_or_constant(given[path], wanted[path]) for path in wanted)

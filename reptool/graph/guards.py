@@ -6,22 +6,26 @@ forward took where it decides by a size. Called with others, the graph would be 
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import ConstantArgument
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from reptool.errors import InputError
+from reptool.graph.conditions import holds, tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch._guards import ShapeGuard
     from torch.export import ExportedProgram
+
+    from reptool.graph.conditions import Tree
 
 _TORCH = Path(torch.__file__).parent
 _OF_LAYERS = ("meta_mm", "conv", "native_layer_norm", "check_input", "multi_head_attention_forward", "__call__")
@@ -70,7 +74,8 @@ def guard_inputs(program: ExportedProgram, channels: frozenset[tuple[str, int]],
                 text.startswith(f"{node.name}.shape[{axis}] ==") for node in read for axis in (2, 3)
             )
             check = require_example_sizes if fixed else require_sizes
-            program.graph.call_function(check, (text, tuple(node.name for node in read), *read))
+            names = tuple(node.name for node in read)
+            program.graph.call_function(check, (text, names, tree_of(text, names), *read))
         for constant in reversed(constants):
             program.graph.call_function(require_same, (holders[constant.name], constant.value, constant.name))
 
@@ -78,7 +83,7 @@ def guard_inputs(program: ExportedProgram, channels: frozenset[tuple[str, int]],
 def conditions_of(graph: fx.Graph) -> tuple[tuple[str, str], ...]:
     """What a guarded graph takes its inputs to be, and why."""
     found = [node for node in graph.nodes if node.target in _REASONS]
-    return tuple((str(node.args[0]), _REASONS[node.target]) for node in found)
+    return tuple((str(node.args[0]), _reason(node.target, str(node.args[0]))) for node in found)
 
 
 def _conditions(tensors: list[fx.Node], channels: frozenset[tuple[str, int]]) -> Iterator[str]:
@@ -135,46 +140,105 @@ class _Printer(PythonPrinter):
         return f"torch.sym_float({self._print(expr.args[0])})"
 
 
+class Word(str):
+    """What stands at a place of the example, shown without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+    def __reduce__(self) -> str:
+        """The name it has here: a copy and what is loaded again are itself."""
+        return "TENSOR" if self is TENSOR else "NOTHING"
+
+
+TENSOR, NOTHING = Word("a tensor"), Word("nothing")
+
+
+def shown(value: Any) -> str:
+    """A value with its tensors, and arrays of other libraries, in words."""
+    return f"{pytree.tree_map(_in_words, value)!r:.80}"
+
+
+def _in_words(leaf: Any) -> Any:
+    return TENSOR if isinstance(leaf, Tensor) else Word(kind_of(leaf)) if is_array(leaf) else leaf
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    shape = f" of shape {tuple(value.shape)}" if is_array(value) else ""
+    return f"a {type(value).__module__}.{type(value).__name__}{shape}".replace("a builtins.", "a ")
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of another library."""
+    return not isinstance(value, Tensor | fx.Proxy) and hasattr(value, "__array__") and hasattr(value, "shape")
+
+
 @fx.has_side_effect
 def require_same(given: Any, wanted: Any, name: str) -> None:
     """Raise unless an argument has the value that a graph was captured with."""
-    if _traced(require_same, given, wanted, name) or (type(given) is type(wanted) and given == wanted):
+    if _traced(require_same, given, wanted, name) or given is wanted or _is_same(given, wanted):
         return
-    shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{given!r:.80}"
+    is_tensor = isinstance(given, Tensor)
     raise InputError(
-        f"the argument {name} is {shown}, and the model was fused for {wanted!r}",
-        why="what is no tensor is part of the graph",
-        do="fuse the model again with this argument in its example inputs",
+        f"the argument {name} is {f'a tensor of shape {tuple(given.shape)}' if is_tensor else shown(given)}, "
+        f"and the model was fused for {shown(wanted)}",
+        why="an argument that is no tensor in the example, or was left out of it, is part of the graph",
+        do="fuse the model again with this argument in example_inputs or example_kwargs",
     )
 
 
+def _is_same(given: Any, wanted: Any) -> bool:
+    """Whether two values are of one type and equal; one that is not a number equals itself."""
+    if type(given) is not type(wanted):
+        return False
+    if isinstance(given, Tensor):
+        return given.dtype == wanted.dtype and torch.equal(given, wanted)
+    return bool(given == wanted) or (isinstance(given, float) and given != given and wanted != wanted)  # noqa: PLR0124
+
+
 @fx.has_side_effect
-def require_sizes(condition: str, names: tuple[str, ...], *tensors: Tensor) -> None:
-    """Raise unless the sizes of tensors meet a condition of ``guard_inputs``."""
-    if not _traced(require_sizes, condition, names, *tensors):
+def require_number(values: Any, wanted: int, name: str) -> None:
+    """Raise unless as many arguments were gathered under one name as in the example."""
+    if not _traced(require_number, values, wanted, name) and len(values) != wanted:
+        raise InputError(
+            f"{len(values)} arguments are gathered in {name}, and the model was fused for {wanted}",
+            why="how many there are is part of the graph",
+            do="fuse the model again with these arguments in its example inputs",
+        )
+
+
+@fx.has_side_effect
+def require_sizes(condition: str, names: tuple[str, ...], tree: Tree, *tensors: Tensor) -> None:
+    """Raise unless the sizes of tensors meet a condition of ``guard_inputs``, which comes as text and as a tree."""
+    if not _traced(require_sizes, condition, names, tree, *tensors) and not holds(tree, tensors):
         do = "fuse the model again with an example of this size, or compute with x.shape[0] in forward"
-        _require(condition, names, tensors, _REASONS[require_sizes], do)
+        raise _other_sizes(condition, names, tensors, _reason(require_sizes, condition), do)
 
 
 @fx.has_side_effect
-def require_example_sizes(condition: str, names: tuple[str, ...], *tensors: Tensor) -> None:
+def require_example_sizes(condition: str, names: tuple[str, ...], tree: Tree, *tensors: Tensor) -> None:
     """Raise unless a height or width is the example's, in a graph that could not follow them."""
-    if not _traced(require_example_sizes, condition, names, *tensors):
+    if not _traced(require_example_sizes, condition, names, tree, *tensors) and not holds(tree, tensors):
         do = "fuse the model again with an example of this size"
-        _require(condition, names, tensors, _REASONS[require_example_sizes], do)
+        raise _other_sizes(condition, names, tensors, _reason(require_example_sizes, condition), do)
 
 
 _REASONS: dict[Any, str] = {
-    require_sizes: "forward decides by that size, or makes a number of it as len(x) does; or its example had the size 1",
+    require_sizes: "forward decides by that size, or makes a number of it as len(x) does",
     require_example_sizes: "forward computes with height and width in expressions too large to follow, so both are the example's",
 }
 
 
-def _require(condition: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], why: str, do: str) -> None:
-    known = {"math": math, "torch": torch, "max": max, "min": min}
-    if not eval(condition, {"__builtins__": known}, dict(zip(names, tensors, strict=True))):  # noqa: S307  # written above
-        shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(names, tensors, strict=True))
-        raise InputError(f"{shapes}, and the model was fused for {condition}", why=why, do=do)
+def _reason(function: Any, condition: str) -> str:
+    """Why a condition is there; torch.export may fix a size at 1 without any of it."""
+    alone = function is require_sizes and re.search(r"== 1\b", condition)
+    return f"{_REASONS[function]}; or its example had the size 1" if alone else _REASONS[function]
+
+
+def _other_sizes(condition: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], why: str, do: str) -> InputError:
+    shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(names, tensors, strict=True))
+    return InputError(f"{shapes}, and the model was fused for {condition}", why=why, do=do)
 
 
 def _traced(function: Any, *arguments: Any) -> bool:

@@ -119,9 +119,11 @@ def layer_of(operator: Operator, weights: dict[str, nn.Parameter]) -> Layer:
     raise AssertionError(f"no layer for {type(operator).__name__}; please report this")
 
 
-def rounded_weights(operator: Operator, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
-    """An operator's tensors rounded once to a dtype, trainable."""
-    return {name: nn.Parameter(t.to(device, dtype, copy=True)) for name, t in exact_weights(operator).items()}
+def rounded_weights(
+    operator: Operator, dtype: torch.dtype, device: torch.device, *, trained: bool = True
+) -> dict[str, nn.Parameter]:
+    """An operator's tensors rounded once to a dtype, trainable; or frozen, if nothing that they are made of is trained."""
+    return {n: nn.Parameter(t.to(device, dtype, copy=True), trained) for n, t in exact_weights(operator).items()}
 
 
 def has_even_border(conv: Conv) -> bool:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from reptool.affine.operators import Conv, ConvTranspose
+from reptool.graph.values import OPERATOR, operator_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from reptool.graph.normalise import Value
     from reptool.graph.read import Reader
+    from reptool.graph.values import Weights
 
 _OWN = {"fusion", "_in_spec", "_out_spec", *dir(fx.GraphModule(nn.Module(), fx.Graph()))}
 """Attributes of a fused module; its class shows only some of them."""
@@ -26,6 +28,49 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return str(paths[-1]).removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
+
+
+def place(node: fx.Node, weights: Weights) -> str:
+    """What a node is called in a report: the layer it is, or its weight, or its operator and the module that calls it."""
+    names = weight_names(node, weights)
+    if OPERATOR in node.meta and module_path(node):
+        return module_path(node)
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith(".weight"))
+    if layers or names:
+        holders = layers or dict.fromkeys(name.rpartition(".")[0] for name in names)
+        whole = next(iter(holders)) if len(holders) == 1 and (layers or len(names) > 1) else ""
+        return whole or " and ".join(names[:2])
+    return f"{operation(node)} in {module_path(node) or '(root)'}"
+
+
+def operation(node: fx.Node) -> str:
+    """The operator of a node in a word; a rule's own node is what it stands for."""
+    if OPERATOR in node.meta:
+        return type(node.meta[OPERATOR]).__name__.lower()
+    return operator_name(node.target).strip("_") or str(getattr(node.target, "__name__", node.target))
+
+
+def weight_names(node: fx.Node, weights: Weights) -> list[str]:
+    """The names of the weights that a node reads, its own or through what is computed from weights alone."""
+    found: dict[str, None] = {}
+    stack = list(node.all_input_nodes)
+    while stack:
+        used = stack.pop(0)
+        if used in weights.state:
+            found[weights.state[used][0]] = None
+        elif weights.tensor(used) is not None:
+            stack += used.all_input_nodes
+    return list(found)
+
+
+def place_of(value: Value, weights: Weights) -> str:
+    """What an affine value is called in a report: the one layer with a kernel that went into it, or as its node."""
+    heavy = dict.fromkeys(place(n, weights) for n in value.sources if _has_kernel(n, weights))
+    return next(iter(heavy)) if len(heavy) == 1 and len(value.form.terms) == 1 else place(value.node, weights)
+
+
+def _has_kernel(node: fx.Node, weights: Weights) -> bool:
+    return any(t is not None and t.dim() > 1 for t in map(weights.tensor, node.all_input_nodes))
 
 
 def parts_of(names: Iterable[str]) -> set[str]:
@@ -55,9 +100,7 @@ def region_path(value: Value, reader: Reader, used: Collection[str]) -> str:
 
     One layer with weights keeps that layer's path, several get the innermost module that holds them all.
     """
-    heavy = [
-        n for n in value.sources if any(t is not None and t.dim() > 1 for t in map(reader.tensor, n.all_input_nodes))
-    ]
+    heavy = [n for n in value.sources if _has_kernel(n, reader)]
     paths = sorted({module_path(n) for n in (heavy or value.sources)})
     name = paths[0] if len(paths) == 1 else ".".join(commonprefix([p.split(".") for p in paths]))
     several = len(value.form.terms) > 1 or any(isinstance(t.operator, Conv | ConvTranspose) for t in value.form.terms)

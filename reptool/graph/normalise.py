@@ -146,7 +146,7 @@ class _Rewriter:
         if not _is_worth(before, after):
             alone = self._macs(inner.form, sizes_of(inner.node))
             apart, together = alone + self._macs(value.form, shape), alone * shared + self._macs(trial, shape)
-            value.kept_apart[inner.node] = rise((before, after), (apart, together))
+            value.kept_apart[inner.node] = rise((before, after), (apart, together), value.node.graph)
             return False
         value.kept_apart.pop(inner.node, None)
         if not inner.is_identity:  # to read through it changes nothing: a layer then keeps its weights, bit for bit

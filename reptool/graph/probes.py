@@ -58,18 +58,27 @@ def _hints(size: Any) -> dict[Any, Any]:
     return {symbol: hints[symbol] for symbol in size.node.expr.free_symbols if symbol in hints}
 
 
-def choices(region: Between, module: nn.Module) -> list[tuple[Sizes, list[tuple[int, ...]]]]:
+def choices(region: Between, module: nn.Module) -> Iterator[tuple[Sizes, list[tuple[int, ...]]]]:
     """Sizes to try in turn, with the shapes of the entries: small ones if the region lets its sizes be chosen."""
     shapes = [shape_of(before) for before, _ in region.entries]
-    side = max(sum(_extent(n, module) for n in region.after) or 3, 2)
+    side = _side(region, module)
     channel = _channel_axis(region, module) if _is_free(region) else None
+    return ((sizes, given) for sizes, given in _tries(region, shapes, channel, side) if all(map(all, given)))
+
+
+def _tries(
+    region: Between, shapes: list[Shape], channel: int | None, side: int
+) -> Iterator[tuple[Sizes, list[tuple[int, ...]]]]:
+    """Sizes with the shapes they give, smaller ones first; worked out one by one, as the first ones mostly run."""
     several = len(shapes) > 1
-    tries = [] if several or _reads_sizes(region) else [(Sizes(), [_small(shapes[0], channel, side)])]
+    if not several and not _reads_sizes(region):
+        yield Sizes(), [_small(shapes[0], channel, side)]
     for sizes in (*([_scaled(shapes, side)] if several else []), Sizes(_batches(shapes)), Sizes()):
         known = [tuple(int(sizes(s)) for s in shape) for shape in shapes]
         fewer = _fewer(known, channel, side) if several and channel is not None else known
-        tries += [(sizes, fewer), (sizes, known)] if fewer != known else [(sizes, known)]
-    return [(sizes, given) for sizes, given in tries if all(s > 0 for shape in given for s in shape)]
+        if fewer != known:
+            yield sizes, fewer
+        yield sizes, known
 
 
 def _batches(shapes: list[Shape]) -> dict[Any, int]:
@@ -101,7 +110,8 @@ def _small(shape: Shape, channel: int | None, side: int) -> tuple[int, ...]:
 
     def size(axis: int, given: Any) -> int:
         if hasattr(given, "node"):
-            return chosen.setdefault(given.node.expr, (side if axis > 1 and rank > 2 else 2) + len(chosen))
+            seen = max(side, 3) + axis - 2 if axis > 1 and rank > 2 else 2 + len(chosen)
+            return chosen.setdefault(given.node.expr, seen)
         if channel is None or axis == channel % rank:
             return int(given)
         return side + max(axis - 2, 0) if axis else 2
@@ -141,6 +151,14 @@ def _is_linear(region: Between, module: nn.Module) -> bool:
     """Whether a layer of the region is a matrix on the last axis."""
     calls = (n for n in region.after if n.op == "call_module")
     return any(isinstance(module.get_submodule(str(n.target)), nn.Linear) for n in calls)
+
+
+def _side(region: Between, module: nn.Module) -> int:
+    """A window on which every tap and every border of a region is seen: layers in a row add up, those side by side do not."""
+    reach: dict[fx.Node, int] = {}
+    for node in region.after:
+        reach[node] = _extent(node, module) + max((reach.get(n, 0) for n in node.all_input_nodes), default=0)
+    return max(max(reach.values(), default=0) or 3, 2)
 
 
 def _extent(node: fx.Node, module: nn.Module) -> int:

@@ -56,7 +56,7 @@ class Reader(Weights):
 
     def exact(self, node: fx.Node) -> Form:
         """The form of a node with all values, in float64."""
-        reading = Reader.__call__(_Exact(self.state, self.computed), node)
+        reading = Reader.__call__(_Exact(self.state, self.computed, self.calls), node)
         if isinstance(reading, Refusal):
             raise AssertionError(f"{node} was read and now is not: {reading.reason}; please report this")
         return reading
@@ -73,11 +73,11 @@ class Reader(Weights):
     def later(self, node: fx.Node) -> Callable[[], Operator]:
         """How to read the one operator of a node with all its values, also when the node is no longer there."""
         if OPERATOR in node.meta:
-            return lambda: _Exact(self.state, self.computed).made(node)
+            return lambda: _Exact(self.state, self.computed, self.calls).made(node)
         read, given = _TABLE[node.target], fx.map_arg(arguments_of(node), self._unrepeated)
 
         def exact() -> Operator:
-            form = read(_Exact(self.state, self.computed), node, given)
+            form = read(_Exact(self.state, self.computed, self.calls), node, given)
             if isinstance(form, Refusal):
                 raise AssertionError(f"{node} was read and now is not: {form.reason}; please report this")
             return form.terms[0].operator

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from reptool.graph.constants import double
 from reptool.graph.draft import is_tensor
-from reptool.graph.values import Weights
+from reptool.graph.values import Weights, is_idle_cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -219,6 +220,8 @@ class Runner:
                 env[argument] = self._outside(argument, sizes, read)
             return env[argument]
 
+        if is_idle_cast(node):
+            return value(node.args[0])  # type: ignore[arg-type]  # a node; in float64 it would be cast to another dtype
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
         return node.target(*args, **kwargs)  # type: ignore[operator]  # only functions get here
 
@@ -229,7 +232,8 @@ class Runner:
         if node.op == "get_attr":
             holder, _, leaf = str(node.target).rpartition(".")
             return read(getattr(self.module.get_submodule(holder), leaf))
-        tensor = self.weights.tensor(self.pairs.get(node, node))
+        captured = self.pairs.get(node, node)
+        tensor = self.weights.tensor(captured) if read is as_stored else self.weights.exact_value(captured)
         if tensor is None:
             raise AssertionError(f"{node} is read by a region and lies outside it; please report this")
         return read(tensor)
@@ -238,9 +242,3 @@ class Runner:
 def as_stored(tensor: Tensor) -> Tensor:
     """A tensor on the CPU, in its own dtype."""
     return tensor.detach().cpu()
-
-
-def double(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, in float64 if it is floating."""
-    tensor = tensor.detach().cpu()
-    return tensor.double() if tensor.is_floating_point() else tensor

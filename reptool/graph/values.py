@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from reptool.graph.constants import computed_in_double, double
+
 aten = torch.ops.aten
 _CONSTANTS: frozenset[Any] = frozenset(
     (
@@ -19,6 +21,8 @@ _CONSTANTS: frozenset[Any] = frozenset(
 """What makes a constant of nothing."""
 SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)  # noqa: SLF001  # ATen's name
 """What shows a value in a shape that is given as a list of sizes."""
+CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)  # noqa: SLF001  # ATen's name
+"""What changes a value's dtype, and nothing at all where it has that dtype, such as in front of a softmax."""
 OPERATOR = "operator"
 """The entry of a node's ``meta`` that holds the operator it stands for, where a rule made the node."""
 EXACT = "exact"
@@ -51,6 +55,14 @@ def same_shape(one: fx.Node, other: fx.Node) -> bool:
     return len(first) == len(second) and all(map(same_size, first, second))
 
 
+def is_idle_cast(node: fx.Node) -> bool:
+    """Whether a node casts a value to the dtype that it has."""
+    if node.target not in CASTS or not isinstance(node.args[0], fx.Node) or "val" not in node.meta:
+        return False
+    value = node.args[0].meta.get("val")
+    return isinstance(value, Tensor) and bool(value.dtype == node.meta["val"].dtype)
+
+
 def operator_name(target: Any) -> str:
     """The name of one of ATen's operators without its overload, such as ``conv2d``; "" for what is no operator."""
     schema = getattr(target, "_schema", None)
@@ -77,10 +89,14 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The values of the weights, and of what is computed from weights alone, such as a weight norm."""
+    """The values of the weights, and of what is computed from weights alone, such as a weight norm.
+
+    ``calls`` are the arguments that the latter were computed with: a node loses its own when it is erased.
+    """
 
     state: dict[fx.Node, tuple[str, Tensor]]
     computed: dict[fx.Node, Tensor | None] = field(default_factory=dict)
+    calls: dict[fx.Node, tuple[tuple[fx.Node, ...], Any]] = field(default_factory=dict)
 
     def tensor(self, argument: Any) -> Tensor | None:
         """The value of a weight, or of what is computed from weights alone; None for everything else."""
@@ -103,7 +119,18 @@ class Weights:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), inputs.__getitem__)
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]  # an OpOverload, see above
+        self.calls[node] = tuple(inputs), (node.args, dict(node.kwargs))
         return result if isinstance(result, Tensor) else None
+
+    def is_trained(self, argument: Any) -> bool:
+        """Whether a weight is trained, or one of those that a constant is computed from."""
+        stack, seen = [argument] if self.tensor(argument) is not None else [], set()
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                stack += self.calls[node][0] if node in self.calls else ()
+        return any(self.state[node][1].requires_grad for node in seen & self.state.keys())
 
     def outline(self, argument: Any) -> Tensor | None:
         """The shape of a weight, as a float64 tensor without values, or None if the argument is not constant."""
@@ -111,6 +138,26 @@ class Weights:
         return None if value is None else torch.empty(value.shape, dtype=torch.float64, device="meta")
 
     def constant(self, argument: Any) -> Tensor | None:
-        """The value of a weight in float64, or None if the argument is not constant."""
-        value = self.tensor(argument)
-        return None if value is None else value.to("cpu", torch.float64)
+        """The value of a weight in float64, or of what is computed from weights alone; None for everything else."""
+        value = self.exact_value(argument)
+        return None if value is None else value.to(torch.float64)
+
+    def exact_value(self, argument: Any) -> Tensor | None:
+        """The same, but what is not floating as it is: on the CPU, computed in float64 from the weights as they are stored.
+
+        Nothing of it is kept: it is twice as large as the weights.
+        """
+        return None if self.tensor(argument) is None else self._in_double(argument, {})
+
+    def _in_double(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor:
+        stored = self.tensor(node)
+        assert stored is not None  # noqa: S101  # it is computed from weights alone
+        if node in self.state or not stored.is_floating_point():
+            return double(stored)
+        if node not in known:
+            inputs = {n: self._in_double(n, known) for n in self.calls[node][0]}
+            args, kwargs = fx.map_arg(self.calls[node][1], inputs.__getitem__)
+            read = [tensor.dtype for n in inputs if (tensor := self.tensor(n)) is not None]
+            with torch.no_grad():
+                known[node] = computed_in_double(node.target, operator_name(node.target), args, kwargs, read, stored)  # type: ignore[arg-type]  # an OpOverload
+        return known[node]

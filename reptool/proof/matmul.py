@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_FEW, _FEW_GROUPED = 16, 100
-"""Output pixels up to which the batch is worth gathering, of one group and of several: above, the copies cost too much."""
+_FEW, _MORE, _MANY = 16, 100, 1 << 18
+"""Output pixels up to which the batch is worth gathering: more of them if there are several groups, or as many weights as
+the last number; above, the copies cost too much."""
 _ENTRIES = 1 << 22
 """Column entries that are gathered at once: 32 MB. The columns of a large kernel are many times its image."""
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -49,7 +50,8 @@ def _suits(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilati
     if not plain or input.dim() != 4 or input.dtype != torch.float64:
         return False
     height, width = _output_size(input, weight, stride, padding, dilation)
-    return height > 0 < width and height * width <= (_FEW if groups == 1 else _FEW_GROUPED)
+    few = _FEW if groups == 1 and weight.numel() < _MANY else _MORE
+    return height > 0 < width and height * width <= few
 
 
 def _conv(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from reptool.proof.matmul import BatchedConvolutions
+from reptool.proof.sums import OrderedSums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,13 +43,17 @@ def dithered_run(model: nn.Module, x: Inputs, seed: int, probability: float) -> 
     """What the model computes, in its own dtype, with each weight moved by one ulp with the given probability.
 
     The same seed always moves the same weights, whatever the order they are used in; up and down are equally likely.
+    Sums over axes are computed in order, since the runtime that is judged by this noise may compute them so.
 
     **Law**: a stochastic rounding of an exact weight has error variance 1/6 ulp^2, and so has a move by one ulp with
     probability 1/6. That is the noise of a copy around the float64 run of the stored weights. A stored weight carries
     1/12 ulp^2 against the exact one itself, so copies held to the unrounded original would take 1/12. Zero and
     non-finite weights stay.
     """
-    return _run_changed(model, x, lambda path, tensor: _dither(tensor, crc32(f"{seed}/{path}".encode()), probability))
+    with OrderedSums():  # type: ignore[no-untyped-call]  # torch has no types there
+        return _run_changed(
+            model, x, lambda path, tensor: _dither(tensor, crc32(f"{seed}/{path}".encode()), probability)
+        )
 
 
 def plain_run(model: nn.Module, x: Inputs) -> Any:

@@ -9,7 +9,8 @@ import torch
 from checkpoint.narrow import randomise
 from torch import nn
 
-from reptool.checkpoint.own import build_own, factory, fuse_own, is_own, own_metadata
+from reptool.checkpoint.own import build_own, factory, fuse_own, is_own
+from reptool.checkpoint.parted import own_metadata
 from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.write import write_checkpoint
 from reptool.errors import InputError, NothingToFuseError

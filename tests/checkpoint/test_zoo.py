@@ -9,7 +9,8 @@ from stir import stirred
 import reptool
 from reptool.checkpoint.names.se import NAMINGS
 from reptool.checkpoint.networks import recognise_network
-from reptool.checkpoint.own import fuse_own, own_metadata
+from reptool.checkpoint.own import fuse_own
+from reptool.checkpoint.parted import own_metadata
 from reptool.checkpoint.read import read_checkpoint
 from reptool.checkpoint.write import write_checkpoint
 from reptool.checkpoint.zoo import image_size, network_of

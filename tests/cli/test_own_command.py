@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 import torch
 from checkpoint.narrow import randomise
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from reptool.checkpoint.own import factory
 
@@ -42,6 +45,36 @@ class Named(Rows):
 
     def example_inputs(self):
         return ({"rows": torch.zeros(2, 5)},)
+
+class Parts(Rows):
+    def __init__(self):
+        super().__init__()
+        rows = [nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)) for _ in range(2)]
+        self.body, self.tail = nn.ModuleList(rows), nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        for row in self.body:
+            x = torch.relu(row(x))
+        return self.head(torch.relu(self.tail(x)))
+
+def failing():
+    raise RuntimeError("no weights\\nhere")
+
+def nothing():
+    return None
+
+class Wide(Rows):
+    def __init__(self, width):
+        super().__init__()
+
+class Misfit(Rows):
+    def example_inputs(self):
+        return (torch.zeros(2, 4),)
+
+class Stubborn(Rows):
+    def eval(self):
+        return self
 
 class Choosing(Rows):
     def forward(self, x):
@@ -97,12 +130,134 @@ def test_verify_takes_an_onnx_file_of_rows(dynamic, batches, own, reptool):
 
 
 @pytest.mark.parametrize("command", ["fuse", "export"])
-def test_advice_on_a_network_that_is_no_graph_names_the_python_call(command, own, reptool):
-    """The command line has no option ``only``: the advice says whose argument it is."""
-    result = reptool(command, "a.pt", "-m", own("Choosing"))
+def test_advice_on_a_network_that_is_no_graph_works(command, own, reptool):
+    """The advice names the parts and the option; with them the same command succeeds."""
+    model = own("Choosing")
+    result = reptool(command, "a.pt", "-m", model)
     assert (result.code, result.new) == (2, ()), result.err
     assert 'only=["body"]' in result.err
-    assert "only= is an argument of the Python call reptool.fuse" in result.err
+    assert "on the command line --only PATH" in result.err
+    fused = reptool("fuse", "a.pt", "-m", model, "--only", "body")
+    assert (fused.code, fused.new) == (0, ("a.fused.safetensors",)), fused.err
+
+
+PARTS = ("--only", "body.0", "--only", "tail")
+
+
+def test_parts_are_fused_alone_and_said_by_part(own, reptool, tmp_path):
+    """Two parts of three are fused; the report, the proof and the file tell which, and the third keeps its norm."""
+    model = own("Parts")
+    done = reptool("fuse", "a.pt", "-m", model, *PARTS, "--report", "r.json", "--json")
+    assert done.code == 0, done.err
+    printed = json.loads(done.out)
+    assert list(printed["fusion_parts"]) == ["body.0", "tail"]
+    assert all(part["regions"] for part in printed["fusion_parts"].values())
+    assert {region["name"] for region in printed["verdict"]["regions"]} == {"body.0.0", "tail.0"}
+    assert {row["part"] for row in json.loads((tmp_path / "r.json").read_text())["blocks"]} == {"body.0", "tail"}
+    with safe_open(tmp_path / "a.fused.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["reptool.only"]) == ["body.0", "tail"]
+        norms = {key.rpartition(".")[0] for key in file.keys() if key.endswith("running_var")}  # noqa: SIM118  # no dict
+    assert norms == {"body.1.1"}
+
+
+def test_parts_are_printed_with_the_next_command(own, reptool):
+    """The summary has a line for each part, and what comes next names them again."""
+    model = own("Parts")
+    done = reptool("fuse", "a.pt", "-m", model, *PARTS)
+    assert done.code == 0, done.err
+    assert "body.0: 1 region fused and proved" in done.out
+    assert "tail: 1 region fused and proved" in done.out
+    assert done.out.rstrip().endswith(f"next  reptool export a.pt -m {model} --format onnx --only body.0 --only tail")
+
+
+@pytest.mark.parametrize("again", [(), PARTS])
+def test_file_of_parts_is_verified_and_exported(again, own, reptool):
+    """The file says which parts were fused, so that nobody has to; a network of other weights is told from it."""
+    model = own("Parts")
+    assert reptool("fuse", "a.pt", "-m", model, *PARTS).code == 0
+    assert reptool("verify", "a.pt", "a.fused.safetensors", "-m", model, *again).code == 0
+    result = reptool("export", "a.fused.safetensors", "-m", model, "--format", "torchscript", *again)
+    assert result.code == 0, result.err
+    own("Parts", seed=1)
+    assert reptool("verify", "a.pt", "a.fused.safetensors", "-m", model, *again).code == 1
+
+
+@pytest.mark.parametrize("command", [("fuse", "a.pt"), ("export", "a.pt"), ("verify", "a.pt", "a.pt")])
+@pytest.mark.parametrize(
+    ("options", "at", "why"),
+    [
+        ((), "no -m is given", "a checkpoint has weights, and no modules to call"),
+        (("-m", "repvgg_a0"), "-m repvgg_a0", "a network of the zoo is fused whole"),
+    ],
+)
+def test_parts_need_a_network_of_ones_own(command, options, at, why, own, reptool):
+    """Without its class a network has no modules; refused before anything is read."""
+    own("Parts")
+    result = reptool(*command, "--only", "body", *options)
+    assert (result.code, result.new) == (2, ()), result.err
+    assert f"  at    {at}\n  why   {why}\n  do    add -m package.module:factory" in result.err
+
+
+# options, the first line, what the message says to do, exit code
+WRONG_PARTS = {
+    "no such path": (("--only", "bodi"), "the model has no module 'bodi'", "did you mean body?", 2),
+    "one inside another": (("--only", "body", "--only", "body.0"), "body.0 lies inside", "name only one of them", 2),
+    "a part with nothing to fuse": (("--only", "head"), "has nothing that could be fused in head", "reptool export", 4),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_wrong_parts_are_named(name, own, reptool):
+    """The path as it was given, and what to do."""
+    options, what, do, code = WRONG_PARTS[name]
+    result = reptool("fuse", "a.pt", "-m", own("Parts"), *options)
+    assert (result.code, result.new) == (code, ()), result.err
+    assert what in result.err
+    assert f"do    {do}" in result.err
+
+
+def test_damaged_entry_of_parts_is_named(own, reptool, tmp_path):
+    """A file whose list of parts is none is refused, and no fault of ours."""
+    model = own("Parts")
+    assert reptool("fuse", "a.pt", "-m", model, *PARTS).code == 0
+    path = tmp_path / "a.fused.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), "reptool.only": "body"}
+    save_file(load_file(path), path, metadata)
+    result = reptool("verify", "a.pt", path.name, "-m", model)
+    assert result.code == 2, result.err
+    assert "the metadata reptool.only is no list of module paths" in result.err
+
+
+# what stands behind -m, after the module: why it cannot be built, and what to do
+UNBUILT = {
+    "own_on_the_command_line:Missing": ("has no attribute 'Missing'", "name a function or class of own_on"),
+    "no_such_module:Rows": (
+        "ModuleNotFoundError: No module named 'no_such_module'",
+        "name a module that Python can import",
+    ),
+    "own_on_the_command_line:failing": (
+        "why   RuntimeError: no weights here\n",
+        "let failing() work without arguments",
+    ),
+    "own_on_the_command_line:Wide": ("missing 1 required positional argument: 'width'", "let Wide() work without"),
+    "own_on_the_command_line:nothing": ("returned NoneType, no nn.Module", "name a function that returns the network"),
+    "own_on_the_command_line:Misfit": ("does not take what its example_inputs() returns", "let it return what forward"),
+    "own_on_the_command_line:Stubborn": ("it is in training mode", "call model.eval() first"),
+}
+
+
+@pytest.mark.parametrize("command", [("fuse", "a.pt"), ("export", "a.pt"), ("verify", "a.pt", "a.pt")])
+@pytest.mark.parametrize("model", UNBUILT)
+def test_network_that_cannot_be_built_is_explained(model, command, own, reptool):
+    """What of the name is wrong, why in one line, and what to do about that."""
+    own("Rows")
+    why, do = UNBUILT[model]
+    result = reptool(*command, "-m", model)
+    assert (result.code, result.new) == (2, ()), result.err
+    assert why in result.err
+    assert f"do    {do}" in result.err
+    assert len(result.err.splitlines()) <= 4
 
 
 @pytest.mark.parametrize("options", [(), ("--training-form",), ("--dynamic", "none")])

@@ -216,11 +216,12 @@ def test_tokens_in_another_order_are_not_merged():
 
 
 def test_fused_attention_is_scaled_by_itself():
-    """Torch's own attention keeps its factor, and its heads."""
-    model = stirred(Attention(width=4, d=4, h=2, fused=F.scaled_dot_product_attention))
-    fused = fused_equal(model, noise(*WIDE))
+    """Torch's own attention keeps its factor, and narrow heads; behind it a factor goes into the values."""
+    model = stirred(Attention(fused=lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 0.7))
+    fused = fused_equal(model, noise(*TOKENS))
     assert biases(fused) == {"q", "o"}
     assert operators(fused)["Linear"] == 4
+    assert not any(node.target is torch.ops.aten.mul.Tensor for node in fused.graph.nodes)
 
 
 def altered(function, change):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from blocks import Lambda, Sum, conv_norm, error, fused_equal, noise, operators, randomised
@@ -13,7 +15,7 @@ from reptool.errors import NotEquivalentError
 from reptool.fusion import fuse
 from reptool.graph.capture import capture
 from reptool.graph.rules import borders
-from reptool.proof.region import TOLERANCE
+from reptool.proof.region import TOLERANCE, stored_is_rounded
 
 CHANNELS = 6
 SHAPES = (2, CHANNELS, 7, 9), (3, CHANNELS, 11, 8)
@@ -41,6 +43,19 @@ class NormAndPad(nn.Module):
         y[:, :, :, 0:p] = value
         y[:, :, :, -p:] = value
         return y
+
+
+class Explicit(NormAndPad):
+    """The same without assignments: the difference from the image of zero has a border of zeros."""
+
+    def __init__(self, border: int, add=torch.add, **options) -> None:
+        super().__init__(border)
+        self.add, self.options = add, options
+
+    def forward(self, x):
+        """Norm, subtract, pad, and add."""
+        value = self.value()
+        return self.add(F.pad(self.bn(x) - value, [self.border] * 4, **self.options), value)
 
 
 def pointwise(groups=1):
@@ -121,6 +136,9 @@ FOLDED = {
         Written(strips(TOP, (ALL, ALL, slice(1, 2)), (ALL, ALL, slice(-2, -1)), BOTTOM), (0, 0, 2, 2)), border=(5, 1)
     ),
     "a border that was not zero": lambda: behind(Written(FOUR, value=3.0)),
+    "a difference": lambda: behind(Explicit(1)),
+    "a difference, added the other way round": lambda: behind(Explicit(1, add=lambda y, value: value + y)),
+    "a difference with a wide border": lambda: behind(Explicit(2), border=(5, 5)),
 }
 
 
@@ -178,13 +196,46 @@ def test_another_value_is_one_border():
     assert error(model, fused, noise(*SHAPES[1], seed=5)) <= TOLERANCE
 
 
-def test_float32_leaves_no_slice():
-    """In float32 the stored constant stands in the border, whether or not it is the norm's image of zero to the bit."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [block, lambda: behind(Explicit(1))], ids=["the whole block", "a difference"])
+def test_narrow_dtype_folds(make, dtype):
+    """The constant is computed in float64 from the stored weights: one convolution, of the exact weights rounded once."""
     torch.manual_seed(0)
-    model = randomised(deep()).float()
+    model = randomised(make()).to(dtype)
+    fused = fuse(model, (noise(*SHAPES[0]).to(dtype),))
+    wide = fuse(copy.deepcopy(model).double(), (noise(*SHAPES[0]),))
+    assert operators(fused) == {"Conv2d": 1}
+    assert 0 < fused.fusion.worst_error <= TOLERANCE
+    pairs = zip(wide.parameters(), fused.parameters(), strict=True)
+    assert all(stored_is_rounded(exact.detach(), stored) for exact, stored in pairs)
+
+
+def test_narrow_dtype_keeps_another_border():
+    """Another value of the model's dtype is one border, of that value rounded once."""
+    torch.manual_seed(0)
+    model = randomised(behind(Written(lambda s, y, value: FOUR(s, y, s.other / 3)))).float()
     fused = fuse(model, (noise(*SHAPES[0]).float(),))
-    assert "slice_scatter" not in operators(fused)
-    assert fused.fusion.worst_error <= TOLERANCE
+    assert operators(fused) == {"Conv2d": 2, "ChannelBorder": 1}
+    stored = next(p for name, p in fused.named_parameters() if name.endswith("value"))
+    assert stored_is_rounded(model[1].other.detach().double().flatten() / 3, stored)
+
+
+# name: layer whose difference is no border of what the norm makes of zero
+DIFFERENCES = {
+    "another sum": lambda: Explicit(1, add=lambda y, value: y + 1.5 * value),
+    "a factor": lambda: Explicit(1, add=lambda y, value: torch.add(y, value, alpha=2)),
+    "another border": lambda: Explicit(1, value=1.0),
+    "a border that copies": lambda: Explicit(1, mode="reflect"),
+    "read in between": lambda: Explicit(1, add=lambda y, value: y + value + y.sigmoid().mean()),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_other_difference_is_no_border_of_the_image(name, monkeypatch):
+    """Nothing is put in its place by this rule, and the network as a whole is equal."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(borders, "_put", lambda *_: pytest.fail("it is no such border"))
+    fused_equal(randomised(behind(DIFFERENCES[name]())), noise(*SHAPES[0]))
 
 
 def one_wrong(s, y, value):
@@ -280,8 +331,8 @@ def test_proof_finds_a_value_of_the_wrong_strip(monkeypatch):
     model = randomised(behind(Written(one_wrong)))
     first = {}
 
-    def same(reader, strip):
-        return first.setdefault("value", found(reader, strip))
+    def same(reader, node, result):
+        return first.setdefault("value", found(reader, node, result))
 
     found = borders._per_channel
     monkeypatch.setattr(borders, "_per_channel", same)
@@ -289,11 +340,12 @@ def test_proof_finds_a_value_of_the_wrong_strip(monkeypatch):
         fuse(model, (noise(*SHAPES[0]),))
 
 
-def test_proof_finds_a_wrong_value(monkeypatch):
+@pytest.mark.parametrize("make", [deep, lambda: behind(Explicit(1))], ids=["strips", "a difference"])
+def test_proof_finds_a_wrong_value(make, monkeypatch):
     """A border with a value slightly off is refused."""
     torch.manual_seed(0)
-    model = randomised(deep())
-    monkeypatch.setattr(borders, "_as_image", lambda reader, atom, value: value + 1e-6)
+    model = randomised(make())
+    monkeypatch.setattr(borders, "_image_of_zero", lambda reader, atom, value: value + 1e-6)
     with pytest.raises(NotEquivalentError):
         fuse(model, (noise(*SHAPES[0]),))
 

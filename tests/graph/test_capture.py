@@ -151,23 +151,6 @@ def test_parts_around_are_callable_and_clean():
     assert parts_around(model, None) == []
 
 
-@pytest.mark.parametrize(
-    ("given", "at", "why"),
-    [
-        ((noise(2, 3, 9, 11),), "backbone.0 (Sum), ", "to have 4 channels"),
-        ((), None, "missing a required argument: 'x'"),
-    ],
-    ids=["channels", "none"],
-)
-def test_wrong_inputs_are_told(given, at, why):
-    """A model that does not take the inputs is refused with what it said itself."""
-    with pytest.raises(CaptureError, match="cannot capture Net") as caught:
-        capture(randomised(Net(condition)), given)
-    assert why in caught.value.why
-    assert "check that the model takes these inputs" in caught.value.do
-    assert caught.value.at is None if at is None else caught.value.at.startswith(at)
-
-
 def scaled(s, x, scale=1.0, mask=None, kind="plain"):
     """Arguments that are no tensors."""
     y = s.conv(x) * scale
@@ -256,6 +239,21 @@ def test_decisions_by_size_are_held_fast(forward, example, good, bad, text):
             candidate(noise(*bad))
 
 
+@pytest.mark.parametrize(("forward", "example", "good", "bad", "text"), SIZES, ids=[row[0].__name__ for row in SIZES])
+@pytest.mark.parametrize("dynamic", [False, None], ids=["each size", "open sizes"])
+def test_a_compiler_takes_a_graph_with_conditions_whole(forward, example, good, bad, text, dynamic):
+    """With its conditions a fused module is one graph for a compiler, at every size it holds for, and refuses the others."""
+    model = randomised(Lambda(forward, conv=conv_norm(4, 4, 1)))
+    fused = fuse(model, (noise(*example),))
+    torch._dynamo.reset()
+    whole = torch.compile(fused, backend="eager", fullgraph=True, dynamic=dynamic)
+    for size in (example, good):
+        assert torch.allclose(whole(noise(*size)), model(noise(*size)), rtol=TOLERANCE, atol=TOLERANCE)
+    torch._dynamo.reset()
+    with pytest.raises(InputError, match=text):
+        torch.compile(fused, backend="eager", dynamic=dynamic)(noise(*bad))
+
+
 def test_free_sizes_need_no_guard():
     """A graph that holds for every size has no node that says so."""
     fused = fuse(randomised(conv_norm(4, 4, 1)), (noise(*IMAGE),))
@@ -287,6 +285,16 @@ def test_sizes_too_large_to_follow_are_fixed():
                 candidate(noise(2, 4, *size))
     with pytest.raises(InputError, match="computes with height and width in expressions too large to follow"):
         fused(noise(2, 4, 96, 64))
+
+
+def test_a_compiler_takes_fixed_sizes_whole():
+    """The conditions that fix height and width do not break a graph either."""
+    model = halving(3)
+    fused = fuse(model, (noise(2, 4, 64, 64),))
+    assert fused.fusion.requires
+    torch._dynamo.reset()
+    whole = torch.compile(fused, backend="eager", fullgraph=True)
+    assert torch.allclose(whole(noise(2, 4, 64, 64)), model(noise(2, 4, 64, 64)), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_sizes_below_the_bound_are_followed():

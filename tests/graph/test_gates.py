@@ -13,6 +13,7 @@ from torch import nn
 import reptool.fusion
 from reptool.errors import NotEquivalentError
 from reptool.graph.layers import ChannelScale
+from reptool.graph.rules import biases as biases_of_sums
 from reptool.graph.rules import gates
 from reptool.models.attention.bam import BAMBlock
 from reptool.models.attention.psa import PSAModule
@@ -30,6 +31,7 @@ def gated(function):
         return torch.sigmoid(function(self, x, torch.sigmoid(self.b(x.mean((2, 3), keepdim=True)))))
 
     layers = {"a": nn.Conv2d(3, CHANNELS, 1), "b": nn.Conv2d(CHANNELS, CHANNELS, 1), "norm": nn.BatchNorm2d(CHANNELS)}
+    layers["small"] = nn.BatchNorm2d(1)
     module = Lambda(forward, **layers, one=nn.Conv2d(CHANNELS, 1, 1), wide=nn.Conv2d(CHANNELS, 200, 1))
     module.gain, module.shift = (nn.Parameter(torch.empty(CHANNELS)) for _ in range(2))
     return stirred(module)
@@ -195,6 +197,8 @@ JOINED = {
     "gates of channels and places": lambda s, x, a: s.b(x.mean((2, 3), keepdim=True)) + s.one(x),
     "the other order": lambda s, x, a: s.one(x) + s.b(x.mean((2, 3), keepdim=True)),
     "a norm behind": lambda s, x, a: s.norm(s.b(x.mean((2, 3), keepdim=True))) + s.one(x),
+    "a norm behind either": lambda s, x, a: s.norm(s.b(x.mean((2, 3), keepdim=True))) + s.small(s.one(x)),
+    "both expanded": lambda s, x, a: s.b(x.mean((2, 3), keepdim=True)).expand_as(x) + s.one(x).expand_as(x),
 }
 
 
@@ -248,7 +252,7 @@ def test_wrong_gate_is_caught(name, monkeypatch):
 
 def test_lost_bias_is_caught(monkeypatch):
     """Control: a bias that one layer gives and no other takes is caught."""
-    right = gates._hand_over
-    monkeypatch.setattr(gates, "_hand_over", lambda *given: right(*given[:3], given[3] * 0))
+    right = biases_of_sums._hand_over
+    monkeypatch.setattr(biases_of_sums, "_hand_over", lambda *given: right(*given[:3], given[3] * 0))
     with pytest.raises(NotEquivalentError, match="not equal after fusing"):
         reptool.fusion.fuse(stirred(BAMBlock(32)), (noise(2, 32, 9, 8),))

@@ -20,12 +20,16 @@ def spy(*_, **__):
     """A hook of the user's."""
 
 
+FORWARD, BACKWARD = "it carries a forward hook", "it carries a backward hook"
 HOOKS = {
     "forward": lambda m: m.register_forward_hook(spy),
     "forward, always": lambda m: m.register_forward_hook(spy, always_call=True),
     "forward with arguments": lambda m: m.register_forward_hook(spy, with_kwargs=True),
     "before": lambda m: m.register_forward_pre_hook(spy),
     "before with arguments": lambda m: m.register_forward_pre_hook(spy, with_kwargs=True),
+    "backward": lambda m: m.register_full_backward_hook(spy),
+    "before backward": lambda m: m.register_full_backward_pre_hook(spy),
+    "old backward": lambda m: m.register_backward_hook(spy),
 }
 
 
@@ -37,14 +41,19 @@ def test_hook_is_refused_by_name(kind, path, named):
     HOOKS[kind](model.get_submodule(path))
     with pytest.raises(CaptureError) as caught:
         fuse(model, (noise(*IMAGE),))
-    assert caught.value.what == f"cannot fuse {named}: it carries a forward hook"
+    assert caught.value.what == f"cannot fuse {named}: {BACKWARD if 'backward' in kind else FORWARD}"
+    assert ("gradients" if "backward" in kind else "what the module returns") in caught.value.why
     assert caught.value.at.startswith(path or "(root) (Sequential)")
     assert caught.value.at.endswith(", hook spy")
     hooked = model.get_submodule(path)
-    assert len(hooked._forward_hooks) + len(hooked._forward_pre_hooks) == 1
+    kinds = (hooked._forward_hooks, hooked._forward_pre_hooks, hooked._backward_hooks, hooked._backward_pre_hooks)
+    assert sum(map(len, kinds)) == 1
 
 
-@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+EVERY = [f"register_module_{kind}" for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook")]
+
+
+@pytest.mark.parametrize("register", [*EVERY, "register_module_full_backward_pre_hook"])
 def test_hook_for_every_module_is_refused(register):
     """A hook that torch runs for every module is refused too."""
     handle = getattr(torch_module, register)(spy)
@@ -54,6 +63,66 @@ def test_hook_for_every_module_is_refused(register):
     finally:
         handle.remove()
     fused_equal(randomised(conv_norm(4, 4, 1)), noise(*IMAGE))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("path", ["0.0.branches.1.0", "1.1"])
+def test_hook_on_a_weight_is_refused_by_name(register, path):
+    """A hook on the gradient of a weight is refused with the weight; without it, the network is fused."""
+    model = randomised(nn.Sequential(repvgg_block(4), conv_norm(4, 4, 1)))
+    handle = getattr(model.get_parameter(f"{path}.weight"), register)(spy)
+    with pytest.raises(CaptureError) as caught:
+        fuse(model, (noise(*IMAGE),))
+    assert caught.value.what == f"cannot fuse {path}.weight: the tensor carries a hook on its gradient"
+    assert caught.value.at.startswith(f"{path} (")
+    assert caught.value.at.endswith(f"{path}.weight, hook spy")
+    handle.remove()
+    fused_equal(model, noise(*IMAGE))
+
+
+STATES = {
+    "before saving": ("register_state_dict_pre_hook", "state_dict"),
+    "after saving": ("register_state_dict_post_hook", "state_dict"),
+    "before loading": ("register_load_state_dict_pre_hook", "load_state_dict"),
+    "after loading": ("register_load_state_dict_post_hook", "load_state_dict"),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_hook_on_a_state_dictionary_is_reported(kind):
+    """A hook that translates the original's keys does not stop a fusion; the report says that the result has none."""
+    register, named = STATES[kind]
+    model = randomised(nn.Sequential(repvgg_block(4), conv_norm(4, 4, 1)))
+    getattr(model[1], register)(spy)
+    fused = fused_equal(model, noise(*IMAGE))
+    ((what, why),) = fused.fusion.not_carried
+    assert what == "1, hook spy"
+    assert f"a {named} hook" in why
+    assert fused.fusion.to_dict()["not_carried"] == [{"what": what, "why": why}]
+    assert f"not carried  {what}: a {named} hook" in fused.fusion.summary()
+    assert not any(m._state_dict_hooks or m._load_state_dict_pre_hooks for m in fused.modules())
+
+
+def test_no_hook_is_reported_where_there_is_none():
+    """Control: a plain network, and one whose weight torch computes by hooks of its own, which are gone with it."""
+    for conv in (nn.Conv2d(4, 4, 3), nn.utils.spectral_norm(nn.Conv2d(4, 4, 3))):
+        model = randomised(nn.Sequential(conv, nn.BatchNorm2d(4)))
+        model(noise(*IMAGE))
+        fused = fuse(model, (noise(*IMAGE),))
+        assert fused.fusion.not_carried == ()
+        assert "not carried" not in fused.fusion.summary()
+
+
+def test_hooks_outside_the_parts_stay():
+    """With only=, the rest of the model keeps its hooks; a part with one is refused."""
+    model = randomised(nn.Sequential(repvgg_block(4), conv_norm(4, 4, 1)))
+    model[1].register_full_backward_hook(spy)
+    model[1][0].weight.register_hook(spy)
+    fused = fuse(model, (noise(*IMAGE),), only=["0"])
+    assert len(fused[1]._backward_hooks) == 1
+    assert error(model, fused, noise(*IMAGE)) <= TOLERANCE
+    with pytest.raises(CaptureError, match="it carries a backward hook"):
+        fuse(model, (noise(*IMAGE),), only=["1"])
 
 
 class Caller:

@@ -12,7 +12,7 @@ from torch import nn
 
 import reptool.fusion
 from reptool.errors import NotEquivalentError
-from reptool.graph.rules import pairs, sums
+from reptool.graph.rules import halves, sums
 from reptool.proof.region import TOLERANCE
 
 IMAGE, ROWS = (2, 8, 5, 6), (2, 6)
@@ -64,9 +64,6 @@ PARTLY = {
     ),
     "sum over another axis": lambda: weigh(lambda u, v, z: (torch.stack([u, v], 1) * z.softmax(1)).sum(2)),
     "weights changed in between": lambda: weigh(lambda u, v, z: product(u, v, z.softmax(1) * 2.0 + 1.0)),
-    "stack of another axis": lambda: weigh(
-        lambda u, v, z: (torch.stack([u, v], 2) * z.softmax(1).transpose(1, 2)).sum(2)
-    ),
     "the same weight twice": lambda: weigh(lambda u, v, z: u * (a := z.softmax(1))[:, 0] + v * a[:, 0]),
     "one weight alone": lambda: weigh(lambda u, v, z: u * z.softmax(1)[:, 0] + v),
     "weights moved differently": lambda: weigh(lambda u, v, z: u * (a := z.softmax(1))[:, 0] + v * a[:, 1].roll(1, 1)),
@@ -84,6 +81,111 @@ def test_softmax_stays_where_the_pattern_is_not_whole(name):
     fused = fused_equal(stirred(PARTLY[name]()), noise(*IMAGE))
     assert operators(fused)["softmax"] == 1
     assert "sigmoid" not in operators(fused)
+
+
+class Two(nn.Module):
+    """Two branches, their weights made and applied in one of many spellings; ``count`` of them."""
+
+    def __init__(self, make, apply, count: int = 2) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=i + 1, dilation=i + 1) for i in range(count))
+        self.squeeze, self.both = nn.Linear(8, 4), nn.Linear(4, 8 * count)
+        self.each = nn.ModuleList(nn.Linear(4, 8) for _ in range(count))
+        self.make, self.apply_to = make, apply
+
+    def forward(self, x):
+        """Squeeze the sum, weigh each."""
+        maps = [branch(x).relu() for branch in self.branches]
+        z = self.squeeze(sum(maps).mean((2, 3))).relu()
+        return self.apply_to(maps, *self.make(self, z))
+
+
+def stacked_logits(net, z, axis):
+    """A layer for each branch, stacked."""
+    return torch.stack([layer(z)[:, :, None, None] for layer in net.each], axis).softmax(axis), axis
+
+
+# what makes the weights, and the axis that the branches lie along
+MAKE = {
+    "layers stacked in front": lambda s, z: stacked_logits(s, z, 0),
+    "layers stacked behind the batch": lambda s, z: stacked_logits(s, z, 1),
+    "layers put beside": lambda s, z: (torch.cat([f(z) for f in s.each], 1).view(-1, 2, 8, 1, 1).softmax(1), 1),
+    "layers put beside, one by one": lambda s, z: (
+        torch.cat([f(z)[:, None] for f in s.each], 1).softmax(1).unsqueeze(-1).unsqueeze(-1),
+        1,
+    ),
+    "one layer, viewed": lambda s, z: (s.both(z).view(z.shape[0], 2, -1)[..., None, None].softmax(1), 1),
+    "one layer, viewed behind": lambda s, z: (s.both(z).view(-1, 2, 8).softmax(1).view(-1, 2, 8, 1, 1), 1),
+    "one layer, parted": lambda s, z: (s.both(z).unflatten(1, (2, 8)).softmax(1)[..., None, None], 1),
+    "one layer, cut": lambda s, z: (torch.stack(s.both(z).chunk(2, 1)).softmax(0)[..., None, None], 0),
+    "one layer, branches last": lambda s, z: (
+        s.both(z).view(-1, 8, 2).softmax(2).transpose(1, 2)[..., None, None],
+        1,
+    ),
+}
+# the sum of branches u with weights w along an axis
+APPLY = {
+    "generator": lambda u, w, axis: sum(w.select(axis, i) * u[i] for i in range(2)),
+    "stack of products": lambda u, w, axis: torch.stack([u[i] * w.select(axis, i) for i in range(2)]).sum(0),
+    "chunks": lambda u, w, axis: sum(a * b.squeeze(axis) for a, b in zip(u, w.chunk(2, axis), strict=True)),
+    "pieces": lambda u, w, axis: sum(
+        a * b.reshape(-1, 8, 1, 1) for a, b in zip(u, w.transpose(0, axis).split(1, 0), strict=True)
+    ),
+    "unbinding": lambda u, w, axis: sum(a * b.expand_as(a) for a, b in zip(u, w.unbind(axis), strict=True)),
+    "sum of a stack": lambda u, w, axis: (torch.stack(u, axis) * w).sum(axis),
+    "weights expanded": lambda u, w, axis: (w.expand_as(y := torch.stack(u, axis)) * y).sum(axis),
+    "concatenation": lambda u, w, axis: (torch.cat([v.unsqueeze(axis) for v in u], axis) * w).sum(axis),
+    "channels seen as two": lambda u, w, axis: (
+        torch.cat(u, 1).view(u[0].shape[0], 2, 8, *u[0].shape[2:]) * w.transpose(axis, 1)
+    ).sum(1),
+    "einsum": lambda u, w, axis: torch.einsum(
+        "mbchw,mbc->bchw", torch.stack(u), w.squeeze(-1).squeeze(-1).movedim(axis, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("apply", APPLY)
+@pytest.mark.parametrize("make", MAKE)
+def test_every_spelling_of_a_choice(make, apply):
+    """However weights are made and applied, one sigmoid is left, and neither a stack nor a part of one."""
+    torch.manual_seed(0)
+    model = stirred(Two(MAKE[make], APPLY[apply]))
+    kinds = operators(fused := fused_equal(model, noise(*IMAGE)))
+    assert kinds.keys().isdisjoint({"softmax", "stack", "cat", "select", "chunk", "split", "unbind", "getitem", "sum"})
+    assert kinds["sigmoid"] == 1
+    assert error(model, fused, noise(3, 8, 7, 4, seed=5)) <= TOLERANCE
+
+
+NO_CHOICE = {
+    "three branches": lambda: Two(lambda s, z: stacked_logits(s, z, 0), lambda u, w, _: (torch.stack(u) * w).sum(0), 3),
+    "weights that are returned": lambda: Two(
+        MAKE["one layer, parted"], lambda u, w, _: ((torch.stack(u, 1) * w).sum(1), w)
+    ),
+    "weights moved and returned": lambda: Two(
+        MAKE["one layer, branches last"], lambda u, w, _: (u[0] * w[:, 0] + u[1] * w[:, 1], w.flatten(1))
+    ),
+    "one weight for both": lambda: Two(
+        MAKE["one layer, cut"], lambda u, w, _: sum(a * b for a, b in zip(u, (w[0], w[0]), strict=True))
+    ),
+    "pair merged with the channels": lambda: Two(
+        MAKE["one layer, parted"], lambda u, w, _: torch.cat(u, 1) * w.flatten(1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_CHOICE)
+def test_softmax_stays_in_every_spelling(name):
+    """Three branches, or weights that anybody else reads, keep the softmax."""
+    torch.manual_seed(0)
+    assert operators(fused_equal(stirred(NO_CHOICE[name]()), noise(*IMAGE)))["softmax"] == 1
+
+
+def test_branch_that_is_read_elsewhere():
+    """A branch may be read by others too: the choice needs no more than its value."""
+    torch.manual_seed(0)
+    model = stirred(Two(MAKE["one layer, cut"], lambda u, w, _: (u[0] * w[0] + u[1] * w[1], u[0].amax(1))))
+    kinds = operators(fused_equal(model, noise(*IMAGE)))
+    assert (kinds["sigmoid"], kinds["amax"]) == (1, 1)
 
 
 def turned(self, x):
@@ -118,12 +220,12 @@ def test_timm_selective_kernel():
 def test_wrong_difference_is_caught(place, monkeypatch):
     """Control: a difference of logits with one channel off is caught by the proof of the region."""
 
-    def wrong(layer, one, other, right=pairs._less):
+    def wrong(layer, one, other, right=halves._less):
         made = right(layer, one, other)
         tensor = getattr(made, place)
         return made if tensor.is_meta else replace(made, **{place: tensor + torch.eye(8, tensor.shape[-1])[0]})
 
-    monkeypatch.setattr(pairs, "_less", wrong)
+    monkeypatch.setattr(halves, "_less", wrong)
     with pytest.raises(NotEquivalentError, match="not equal after fusing"):
         reptool.fusion.fuse(stirred(Select("stack")), (noise(*IMAGE),))
 

@@ -83,6 +83,11 @@ FUSIBLE = {
         IMAGE,
         {"softmax": 1, "ChannelScale": 1, "relu": 1, "Conv2d": 1},
     ),
+    "flip of branches that are then flattened": (
+        lambda: Lambda(lambda s, x: s.a(torch.tanh(x).unflatten(1, (2, 2)).flip(1).flatten(1, 2)), a=CONV(4, 6, 3)),
+        IMAGE,
+        {"tanh": 1, "unflatten": 1, "flatten": 1, "Conv2d": 1},
+    ),
     "flip": (lambda: Lambda(lambda s, x: s.a(torch.tanh(x).flip(1)), a=CONV(4, 6, 3)), IMAGE, {"tanh": 1, "Conv2d": 1}),
     "two readers": (
         lambda: Lambda(
@@ -157,6 +162,14 @@ def test_order_is_absorbed(name):
 
 # name: network, input shape, what must still be there
 APART = {
+    "branches seen as channels, and read": (
+        lambda: Lambda(
+            lambda s, x: s.a((y := torch.tanh(x).unflatten(1, (2, 2)).flip(1)).flatten(1, 2)) + y.sum((1, 2))[:, None],
+            a=CONV(4, 4, 1),
+        ),
+        IMAGE,
+        {"flip": 1},
+    ),
     "groups on both sides": (lambda: unit(Shuffle(2), 2, 2), IMAGE, {"view": 1, "transpose": 1}),
     "groups of rows": (lambda: seq(CONV(4, 4, 1, groups=2), Index(2, 3, 0, 1)), IMAGE, {"index": 1}),
     "groups of columns": (lambda: seq(nn.Softmax(1), Shuffle(2), CONV(4, 4, 1, groups=2)), IMAGE, {"transpose": 1}),

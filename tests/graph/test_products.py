@@ -50,6 +50,10 @@ SUMS = {
     "batch last": ("ikb,jkb->ijb", (3, 4, 2), (5, 4, 2)),
     "two axes of a batch": ("bhik,bjhk->bhij", (2, 3, 4, 6), (2, 5, 3, 6)),
     "no batch": ("ik, jk -> ij", (3, 4), (5, 4)),
+    "no arrow": ("ik,kj", (3, 4), (4, 5)),
+    "an ellipsis": ("...ik,...kj->...ij", (2, 3, 4), (2, 4, 5)),
+    "an ellipsis on one side": ("...ik,kj->...ij", (2, 3, 4), (4, 5)),
+    "one head of keys": ("bhqd,bkd->bhqk", (2, 3, 4, 5), (2, 6, 5)),
 }
 
 
@@ -79,7 +83,8 @@ OTHERS = {
     "two sums": ("bijk,bijl->bkl", (2, 3, 4, 5), (2, 3, 4, 6)),
     "an outer product": ("bi,bj->bij", (2, 3), (2, 4)),
     "a sum on one side": ("bik,bj->bj", (2, 3, 4), (2, 5)),
-    "an ellipsis": ("...ik,...kj->...ij", (2, 3, 4), (2, 4, 5)),
+    "ellipses of different axes": ("...ik,...kj->...ij", (2, 2, 3, 4), (2, 4, 5)),
+    "batches on both sides": ("bhqd,bgkd->bhgqk", (2, 3, 4, 5), (2, 2, 6, 5)),
     "a size that is broadcast": ("bik,bkj->bij", (2, 3, 1), (2, 4, 5)),
 }
 
@@ -90,6 +95,41 @@ def test_other_sums_stay(name):
     fused, got, expected = fused_sum(*OTHERS[name])
     assert operators(fused)["einsum"] == 1
     assert torch.equal(got, expected)
+
+
+# name: equation with the weight first or second, its shape, the value's, whether it is a convolution
+LAYERS = {
+    "heads of one weight": ("bnc,chd->bhnd", 1, (5, 2, 3), (2, 4, 5)),
+    "heads that are gathered": ("bhnd,hdo->bno", 1, (2, 3, 5), (2, 2, 4, 3)),
+    "an inner axis, turned": ("bcn,sc->bns", 1, (3, 5), (2, 5, 4)),
+    "weight in front": ("sc,bnc->bns", 0, (3, 5), (2, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_sum_with_a_weight_is_a_layer(name):
+    """The value is the same, at other sizes too, and a linear layer takes the place of the sum."""
+    equation, place, weight, shape = LAYERS[name]
+
+    def forward(s, x):
+        operands = [x.tanh(), s.w]
+        return torch.einsum(equation, *(operands if place else operands[::-1])).tanh()
+
+    model = Lambda(forward)
+    model.w = nn.Parameter(noise(*weight, seed=3))
+    fused = fused_equal(model.eval(), noise(*shape))
+    assert operators(fused)["Linear"] == 1
+    assert "einsum" not in operators(fused)
+    assert error(model, fused, noise(3, *shape[1:], seed=5)) <= TOLERANCE
+
+
+def test_weight_of_each_example_is_no_layer():
+    """A weight that differs along the batch stays a sum."""
+    model = Lambda(lambda s, x: torch.einsum("bnc,bcd->bnd", x.tanh(), s.w))
+    model.w = nn.Parameter(noise(2, 5, 3))
+    fused = fuse(model.eval(), (noise(2, 4, 5),))
+    assert "Linear" not in operators(fused)
+    assert error(model, fused, noise(2, 4, 5)) <= TOLERANCE
 
 
 def test_planted_fault_is_caught(monkeypatch):

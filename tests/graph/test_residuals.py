@@ -38,6 +38,7 @@ MERGED = {
     "without a factor": lambda r, a, x, g: (a @ r).reshape(x.shape) + x,
     "a number": lambda r, a, x, g: 0.3 * (a @ r).view_as(x) + x,
     "rows that stay rows": lambda r, a, x, g: g * torch.bmm(a, r) + r,
+    "other rows of the map": lambda r, a, x, g: (g * (a @ r) + x.reshape(*x.shape[:2], -1)).view_as(x),
     "matrix on the right": lambda r, a, x, g: g * ((t := r.transpose(1, 2)) @ a) + t,
     "weights that are returned": lambda r, a, x, g: (g * (a @ r) + r).sum((1, 2))[:, None, None] * a,
 }

@@ -19,7 +19,8 @@ from reptool.testing.count import multiply_accumulates, operators_left, paramete
 
 CASES = model_cases.cases()
 EXACT = 1e-11
-NAMES = [*list_models(), *list_models(blocks=True)]
+BLOCKS = list_models(blocks=True)
+NAMES = [*list_models(), *BLOCKS]
 
 
 AGAIN = {
@@ -29,7 +30,9 @@ AGAIN = {
     "rest_lite_stem7",
     "bam_resnet50",
     "cbam_resnet50",
+    "eca_resnet50",
     "eca_resnet50t",
+    "se_resnet50",
     "epsanet50_large",
     "danet_resnet101-main",
     "acnet_densenet121",
@@ -44,6 +47,17 @@ def case_table(cases=CASES):
     """The cases as a table of parameters."""
     marked = [pytest.param(c, id=str(c), marks=pytest.mark.slow if str(c) in AGAIN else ()) for c in cases]
     return pytest.mark.parametrize("case", marked)
+
+
+EVERY_OPSET = {"dbb_block", "mha_block", "resmlp_block"}
+"""A block of every kind, at every opset also in `make test`: convolutions, attention, tokens. The others, for `make slow`."""
+
+
+def opset_table():
+    """The blocks that are exported at other opsets than the default, as a table of parameters."""
+    blocks = [c for c in CASES if c.opsets]
+    marks = {str(c): () if str(c) in EVERY_OPSET else pytest.mark.slow for c in blocks}
+    return pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=marks[str(c)]) for c in blocks])
 
 
 def build(case, seed: int = 0) -> nn.Module:
@@ -125,7 +139,7 @@ def test_it_is_scripted_and_exported(case):
 
 @case_table()
 def test_it_is_fused_and_equal(case):
-    """Fused, it is equal in float64 also at another size, holds the operators the case names, and a fault is caught."""
+    """Fused, it is equal in float64 also at another size, and holds the operators the case names; a block's fault is caught."""
     model = stirred(build(case))
     fused = reptool.fuse(model, inputs(case.shapes, seed=5))
     assert fused.fusion.worst_error <= 1e-12
@@ -134,6 +148,20 @@ def test_it_is_fused_and_equal(case):
             given = inputs(shapes, 3)
             assert error(run(fused, given), run(model, given)) < EXACT
     assert operators_left(fused) == dict(sorted(case.left.items()))
+    if case.name in BLOCKS:
+        require_that_a_fault_is_caught(case, model, fused)
+
+
+@case_table([c for c in CASES if c.name not in BLOCKS])
+@pytest.mark.slow
+def test_a_fault_in_a_network_is_caught(case):
+    """What holds of the blocks holds of the networks made of them; those read each graph three times more."""
+    model = stirred(build(case))
+    require_that_a_fault_is_caught(case, model, reptool.fuse(model, inputs(case.shapes, seed=5)))
+
+
+def require_that_a_fault_is_caught(case, model: nn.Module, fused: nn.Module) -> None:
+    """Fused, it passes; with one weight off by a hundred-thousandth it does not."""
     assert not verify_fused(model, fused, inputs(case.shapes)).problems
     mutant = copy.deepcopy(fused)
     largest = max(mutant.parameters(), key=lambda p: p.numel())
@@ -150,16 +178,29 @@ def test_no_fault_hides_behind_first_values(case):
     assert not any((p == 0).all() for p in model.parameters())
 
 
-@case_table([c for c in CASES if not c.label])
-@pytest.mark.parametrize("file_format", ["onnx", "torchscript"])
-def test_it_is_exported_fused_and_run(case, file_format, tmp_path):
-    """ONNX and TorchScript are written after they ran and agreed, at two batch sizes and where it is open two images."""
-    fused = reptool.fuse(stirred(build(case)).float(), tuple(x.float() for x in inputs(case.shapes)))
+def fused_in_float32(case) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The small network, fused as it would be shipped, and an example of its inputs."""
     example = tuple(x.float() for x in inputs(case.shapes))
-    for opset in (20, *(case.opsets if file_format == "onnx" else ())):
-        path = tmp_path / f"{opset}.{file_format}"
-        reptool.export(fused, path, example, format=file_format, opset=opset, dynamic=case.dynamic)
+    return reptool.fuse(stirred(build(case)).float(), example), example
+
+
+@case_table([c for c in CASES if not c.label])
+def test_it_is_exported_fused_and_run(case, tmp_path):
+    """ONNX and TorchScript are written after they ran and agreed, at two batch sizes and where it is open two images."""
+    fused, example = fused_in_float32(case)
+    for file_format in ("onnx", "torchscript"):
+        path = tmp_path / f"net.{file_format}"
+        reptool.export(fused, path, example, format=file_format, dynamic=case.dynamic)
         assert path.stat().st_size
+
+
+@opset_table()
+def test_it_is_exported_at_every_opset(case, tmp_path):
+    """A fused block is written at each opset beside the default, after it ran and agreed, and the file says which."""
+    fused, example = fused_in_float32(case)
+    for opset in case.opsets:
+        report = reptool.export(fused, tmp_path / f"{opset}.onnx", example, opset=opset, dynamic=case.dynamic)
+        assert report.record.opset == opset
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,8 +217,9 @@ def test_every_name_has_a_case():
     """No network or block escapes: each is in the table, or differs from one that is in it by numbers only."""
     covered = {case.name for case in CASES}
     assert {str(case) for case in CASES} >= AGAIN
+    assert {str(case) for case in CASES if case.opsets} > EVERY_OPSET
     families = {reptool.models.family_of(name) for name in covered}
-    assert all(name in covered for name in list_models(blocks=True))
+    assert all(name in covered for name in BLOCKS)
     assert {reptool.models.family_of(name) for name in list_models()} - {"repvgg", "repvggplus", "acnet"} <= families
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reptool.errors import InputError
-from reptool.models import create_model
+from reptool.models import card, create_model, list_models
 from reptool.models.rep.unireplknet import (
     DILATED,
     ChannelNorm,
@@ -66,6 +66,15 @@ def test_large_kernels_are_where_they_were_published():
     assert kernels("unireplknet_n") == [[3] * 2, [13] * 2, [13] * 8, [13] * 2]
     assert kernels("unireplknet_t") == [[3] * 3, [13] * 3, [13, 3] * 9, [13] * 3]
     assert kernels("unireplknet_s") == [[3] * 3, [13] * 3, [13, 3, 3] * 9, [13] * 3]
+
+
+@pytest.mark.parametrize("name", list_models("unireplknet"))
+def test_deploy_form_is_smaller_than_the_official_by_the_last_norm(name):
+    """Officially the norm before the classifier keeps its two numbers a channel; folded, and no others are fewer."""
+    with torch.device("meta"):
+        channels = create_model(name).head.in_features
+    official = int(card(name).published[0].split()[0].replace(",", ""))
+    assert card(name).deploy_parameters + 2 * channels == official
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -40,8 +41,9 @@ def channel_swap(weight, bias, _):
 
 def dropped_branch(weight, bias, without):
     """One branch did not get into the kernel."""
-    weight.copy_(without[0])
-    bias.copy_(without[1])
+    kernel, shift = without()
+    weight.copy_(kernel)
+    bias.copy_(shift)
 
 
 def kernel_shift(weight, bias, _):
@@ -103,7 +105,7 @@ def plant(pair, name: str) -> nn.Module:
     target = mutant.get_submodule(layer)
     before = [t.clone() for t in target.state_dict().values()]
     with torch.no_grad():
-        MUTANTS[name](target.weight, target.bias, without_branch(model, layer))
+        MUTANTS[name](target.weight, target.bias, partial(without_branch, model, layer))
     assert any(not torch.equal(a, b) for a, b in zip(before, target.state_dict().values(), strict=True))
     return mutant
 
@@ -223,7 +225,7 @@ def test_checkpoint_mutant_is_caught_and_named(network, name):
     assert all(block.proof.passed for block in fused.values())
     assert wrong_blocks(fused, stored) == []
     weight, bias = (stored[f"{layer}.{merged}.{part}"] for part in ("weight", "bias"))
-    MUTANTS[name](weight, bias, without_branch(model, layer))
+    MUTANTS[name](weight, bias, partial(without_branch, model, layer))
     assert wrong_blocks(fused, stored) == [f"{layer}."]
 
 

@@ -42,6 +42,13 @@ def test_nan_on_both_sides_is_not_equal():
     assert not prove_region("a", lambda x: x / 0 * 0, lambda x: x / 0 * 0, _images()).passed
 
 
+def test_masks_and_numbers_are_equal_or_not():
+    """What is not floating has no rounding: one entry that differs, or another type, is a fault."""
+    assert prove_region("mask", lambda x: x > 0, lambda x: ~(x <= 0), _images()).passed
+    assert not prove_region("mask", lambda x: x > 0, lambda x: x >= x.max(), _images()).passed
+    assert not prove_region("mask", lambda x: x > 0, lambda x: (x > 0).long(), _images()).passed
+
+
 def test_fault_on_one_of_several_inputs_is_found():
     """Every input counts, not only the first."""
     inputs = [(torch.zeros(1),), (torch.ones(1),)]

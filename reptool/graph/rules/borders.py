@@ -1,7 +1,7 @@
-"""Borders that are written over: a padded value whose border is then set to a constant per channel, strip by strip.
+"""Borders of a constant per channel that are not written as such, read as one border, which the algebra knows.
 
-The official Diverse Branch Block makes the border of its norms so. Each assignment is a chain of slices, a copy and
-scatters in the captured graph; together they are one border with a value, which the algebra knows.
+The official Diverse Branch Block makes the border of its norms so, by assignments to a padded value, strip by strip. Each
+is a chain of slices, a copy and scatters in the captured graph. Others pad the difference from the constant, and add that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reptool.affine.operators import Conv, Pad, Scale
 from reptool.graph.draft import is_tensor
 from reptool.graph.read_windows import END, padding_of
 from reptool.graph.rules.slides import operator_of
-from reptool.graph.values import arguments_of, fixed, shape_of
+from reptool.graph.values import arguments_of, fixed, same_shape, shape_of
 
 if TYPE_CHECKING:
     from reptool.graph.draft import Draft
@@ -43,18 +43,20 @@ class _Strip:
 def read_borders(draft: Draft) -> None:
     """Read every border of zeros that is then set to a constant per channel as one border of that constant.
 
-    Law:      y = pad(x); y[strip] = v for strips that cover the border of y and nothing inside == pad(x, v)
+    Law:      y = pad(x); y[strip] = v for strips that cover the border of y and nothing inside == pad(x, v);
+              pad(x - v) + v == pad(x, v)
     Shapes:   x (n, c, *window), v (c) or one number; sizes of the window may vary
-    When:     nobody reads what is made in between
+    When:     nobody reads what is made in between; v is written in the dtype of x; a v that is subtracted and added is
+              what the layer in front makes of zero, so that the border can go in front of the layer
     Refuses:  strips that miss a part of the border, or reach inside; strips of other values; a v that is computed from
               inputs, or that varies along more than the channels; a border that copies values; a crop
-    Exact:    bit for bit; but a v that differs by float64's rounding from what the layer in front makes of zero is taken
-              to be that, so that the border can go in front of the layer
+    Exact:    bit for bit where strips are set; but a v that differs by float64's rounding from what the layer in front
+              makes of zero is taken to be that
     Source:   Ding et al. 2021, Diverse Branch Block, section 3.2 (its code: BNAndPadLayer)
     """
     for node in list(draft.graph.nodes):
         padding = _padding(node)
-        if padding is not None:
+        if padding is not None and not _read_difference(draft, node, padding):
             _read_border(draft, node, padding)
 
 
@@ -79,7 +81,7 @@ def _read_border(draft: Draft, pad: fx.Node, padding: tuple[tuple[int, int], ...
     while missing:
         strip = _strip_over(end)
         covered = None if strip is None else _covered(strip, padding)
-        vector = None if strip is None else _per_channel(draft.reader, strip)
+        vector = None if strip is None else _per_channel(draft.reader, strip.written, strip.result)
         if strip is None or covered is None or vector is None or (value is not None and not torch.equal(value, vector)):
             return
         missing -= covered
@@ -89,12 +91,45 @@ def _read_border(draft: Draft, pad: fx.Node, padding: tuple[tuple[int, int], ...
     if value is None or any(user not in nodes for node in inner for user in node.users):
         return
     atom: Any = pad.args[0]
-    operator = Pad(len(value), padding, "zeros", _as_image(draft.reader, atom, value))
+    image = _image_of_zero(draft.reader, atom, value)
+    _put(draft, pad, end, Pad(len(value), padding, "zeros", value if image is None else image), atom)
+
+
+def _put(draft: Draft, pad: fx.Node, end: fx.Node, operator: Pad, atom: fx.Node) -> None:
+    """Let one border around ``atom`` stand for all that leads from there to ``end``."""
     border = draft.insert(operator, atom, like=pad)
     border.meta["val"] = end.meta["val"]
     read = end.all_input_nodes
     draft.supersede(end, border)
-    draft.prune([node for node in read if node in nodes])
+    draft.prune(read)
+
+
+def _read_difference(draft: Draft, pad: fx.Node, padding: tuple[tuple[int, int], ...]) -> bool:
+    """Put one border in place of one of zeros around a difference from what a layer makes of zero, and the sum behind."""
+    inner: Any = pad.args[0]
+    end = next(iter(pad.users), pad)
+    below = _with_constant(draft.reader, inner, aten.sub.Tensor)
+    above = _with_constant(draft.reader, end, aten.add.Tensor)
+    if below is None or above is None or above[0] is not pad or not torch.equal(below[1], above[1]):
+        return False
+    alone = len(pad.users) == len(inner.users) == 1 and arguments_of(pad)["value"] in {None, 0}
+    image = _image_of_zero(draft.reader, below[0], below[1]) if alone else None
+    if image is not None:
+        _put(draft, pad, end, Pad(len(image), padding, "zeros", image), below[0])
+    return image is not None
+
+
+def _with_constant(reader: Reader, node: Any, target: Any) -> tuple[fx.Node, Tensor] | None:
+    """A value, and the constant per channel that a node adds to it or subtracts from it."""
+    if not is_tensor(node) or node.target is not target or arguments_of(node)["alpha"] != 1:
+        return None
+    value, other = node.args[:2]
+    if target is aten.add.Tensor and reader.tensor(value) is not None:
+        value, other = other, value
+    if not is_tensor(value) or reader.tensor(value) is not None or not same_shape(value, node):
+        return None
+    vector = _per_channel(reader, other, node)
+    return None if vector is None else (value, vector)
 
 
 def _border(pair: tuple[int, int]) -> set[int]:
@@ -166,13 +201,13 @@ def _covered(strip: _Strip, padding: tuple[tuple[int, int], ...]) -> set[tuple[i
     return {(axis, at) for at in places} if places <= _border(padding[axis - 2]) else None
 
 
-def _per_channel(reader: Reader, strip: _Strip) -> Tensor | None:
-    """What is written to a strip as a vector over the channels, or None if it is no such constant."""
-    node, shape = strip.written, shape_of(strip.result)
+def _per_channel(reader: Reader, node: Any, result: fx.Node) -> Tensor | None:
+    """A constant as a vector over the channels of the result that it goes into, or None if it is no such constant."""
+    shape = shape_of(result)
     while isinstance(node, fx.Node) and node.target is aten.expand.default:
         node = node.args[0]
     constant, stored = reader.constant(node), reader.tensor(node)
-    if constant is None or stored is None or stored.dtype != strip.result.meta["val"].dtype:
+    if constant is None or stored is None or stored.dtype != result.meta["val"].dtype:
         return None
     wide = [1] * (len(shape) - constant.dim()) + list(constant.shape)
     if len(wide) != len(shape) or wide[1] not in {1, shape[1]} or wide[:1] + wide[2:] != [1] * (len(shape) - 1):
@@ -181,14 +216,14 @@ def _per_channel(reader: Reader, strip: _Strip) -> Tensor | None:
     return vector if bool(vector.isfinite().all()) else None
 
 
-def _as_image(reader: Reader, atom: fx.Node, value: Tensor) -> Tensor:
-    """A value, or what the layer in front makes of zero where the two differ by no more than rounding."""
+def _image_of_zero(reader: Reader, atom: fx.Node, value: Tensor) -> Tensor | None:
+    """What the layer in front makes of zero, if a value differs from that by no more than rounding."""
     read = operator_of(reader, atom)
     if read is None or not isinstance(read[1], Scale | Conv):
-        return value
+        return None
     layer: Any = reader.exact(atom).terms[0].operator
     image = layer.bias if isinstance(layer, Conv) else layer.shift
     if image is None:
-        return value
+        return None
     largest = torch.maximum(image.abs().max(), value.abs().max())
-    return image.clone() if bool((image - value).abs().max() <= _ROUNDING * largest) else value
+    return image.clone() if bool((image - value).abs().max() <= _ROUNDING * largest) else None

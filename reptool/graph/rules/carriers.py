@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from reptool.graph.draft import is_tensor
-from reptool.graph.values import SIZED, arguments_of, shape_of
+from reptool.graph.values import CASTS, SIZED, arguments_of, is_idle_cast, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,9 @@ def carried(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or node.target not in _MOVES or not is_tensor(node):
         return None
     value = node.args[0]
-    return value if isinstance(value, fx.Node) and is_tensor(value) else None
+    if not isinstance(value, fx.Node) or not is_tensor(value):
+        return None
+    return None if node.target in CASTS and not is_idle_cast(node) else value
 
 
 def axis_after(node: fx.Node, axis: int) -> int | None:
@@ -67,7 +69,7 @@ def axis_before(node: fx.Node, axis: int) -> int | None:
 
 def computes_nothing(node: fx.Node) -> bool:
     """Whether a carrier returns exactly its input's entries, each once, in another arrangement."""
-    return carried(node) is not None and node.target in {*_COPIES, *_SHAPES, *_ORDERS}
+    return carried(node) is not None and node.target in {*_COPIES, *CASTS, *_SHAPES, *_ORDERS}
 
 
 def varying_after(node: fx.Node, axes: frozenset[int]) -> frozenset[int]:
@@ -177,7 +179,7 @@ def _equal(one: Any, other: Any) -> bool:
 _TRANSPOSES = (aten.transpose.int, aten.swapaxes.default, aten.mT.default)
 _ORDERS = (aten.permute.default, *_TRANSPOSES, aten.movedim.int, aten.roll.default)
 _MOVES: dict[Any, Callable[[fx.Node, fx.Node, int], int | None]] = {
-    **dict.fromkeys(_COPIES, _copied),
+    **dict.fromkeys((*_COPIES, *CASTS), _copied),
     **dict.fromkeys(_SHAPES, _reshaped),
     **dict.fromkeys(_RESAMPLES, _resampled),
     aten.permute.default: _permuted,

@@ -18,7 +18,7 @@ from reptool.graph.draft import is_tensor, readers
 from reptool.graph.rules.carriers import carried, computes_nothing
 from reptool.graph.rules.moves import PARTINGS, holders, moved_from, moves_of, numbered, run_move
 from reptool.graph.rules.open_sizes import holds_at_any_size, varying_at_any_size
-from reptool.graph.rules.shifts import PRODUCTS
+from reptool.graph.rules.shifts import ATTENTION, PRODUCTS
 from reptool.graph.rules.slides import operator_of, output_axis
 from reptool.graph.values import arguments_of, shape_of
 
@@ -55,7 +55,7 @@ def hand_factors_back(draft: Draft) -> None:
 def _hand_back(draft: Draft, node: fx.Node, value: fx.Node, factor: float) -> None:
     """Let a projection make what a factor makes of a value.
 
-    Law:      s (q k) == (s q) k == q (s k), and s (W x) == (s W) x
+    Law:      s (q k) == (s q) k == q (s k), and s (W x) == (s W) x; s attention(q, k, v) == attention(q, k, s v)
     When:     a layer or a scale stands at the end of a way over moves and products that nobody else reads from, or whose
               channels on it nobody else reads
     Refuses:  a value that anybody else reads; a factor that varies; a product of a value with itself
@@ -119,7 +119,7 @@ def _way(reader: Reader, value: fx.Node) -> _Way | None:
         if _is_source(reader, node):
             return _Way(node, tuple(moves), (), shared)
         moves.append(node)
-        if node.target in PRODUCTS:
+        if node.target in PRODUCTS or node.target is ATTENTION:
             return None if shared else _through(reader, node, moves)
         picks = moved_from(node) is not None and not computes_nothing(node)
         shared, node = shared or picks, moved_from(node) or carried(node)
@@ -133,6 +133,10 @@ def _is_source(reader: Reader, node: fx.Node) -> bool:
 
 
 def _through(reader: Reader, product: fx.Node, behind: list[fx.Node]) -> _Way | None:
+    """The way through a product by either argument, or through torch's attention by its values."""
+    if product.target is ATTENTION:
+        values = _way(reader, product.args[2]) if is_tensor(product.args[2]) else None  # type: ignore[arg-type]
+        return None if values is None or values.behind else replace(values, behind=tuple(behind))
     first, second = product.args[:2]
     found = [None if first is second or not is_tensor(a) else _way(reader, a) for a in (first, second)]  # type: ignore[arg-type]
     ways = [way for way in found if way is not None and not way.behind]

@@ -11,20 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from reptool.affine.form import compose, outline, without_constant
-from reptool.affine.operators import Conv, Identity, Refusal, Scale
+from reptool.affine.form import compose, outline
+from reptool.affine.operators import Conv, Refusal, Scale
 from reptool.graph.cost import addition
 from reptool.graph.draft import is_tensor, readers
-from reptool.graph.rules.carriers import carried, computes_nothing
+from reptool.graph.rules.biases import join_biases
 from reptool.graph.rules.edits import call
-from reptool.graph.rules.slides import operator_of, output_axis
+from reptool.graph.rules.slides import operator_of
 from reptool.graph.rules.worth import pays
-from reptool.graph.values import EXACT, arguments_of, same_shape, shape_of, sizes_of
+from reptool.graph.values import arguments_of, same_shape, shape_of, sizes_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from reptool.affine.operators import Operator
     from reptool.graph.cost import Cost
     from reptool.graph.draft import Draft
     from reptool.graph.read import Reader
@@ -60,7 +57,7 @@ def scale_gates(draft: Draft, cost: Cost) -> None:
             _gain(draft, node, cost)
     for node in list(draft.graph.nodes):
         if node.target is aten.add.Tensor and is_tensor(node):
-            _join_biases(draft, node)
+            join_biases(draft, node)
 
 
 def _raise(draft: Draft, total: fx.Node, cost: Cost) -> None:
@@ -228,65 +225,3 @@ def _flattens(flat: fx.Node, gate: fx.Node, scale: Scale) -> bool:
     here, there = shape_of(value)[1 : last + 1], shape_of(gate)[1 : last + 1]  # type: ignore[arg-type]  # a node
     fixed = all(isinstance(size, int) for size in here)
     return first == 1 and scale.axis % len(shape_of(flat)) == 1 and fixed and here == there
-
-
-def _join_biases(draft: Draft, total: fx.Node) -> None:
-    """Let one of two layers whose results are added add the other's constant too.
-
-    Law:      (u + b) + (v + c) == (u + (b + c)) + v, where c is one number
-    When:     v has one channel, and u a constant of its own
-    Refuses:  a result that anybody else reads
-    Source:   Park et al. 2018, BAM, equation 2 (the sum of its two gates)
-    """
-    if total.kwargs or total.args[0] is total.args[1]:
-        return
-    for one, other in (total.args[:2], total.args[1::-1]):
-        taker, giver = (_layer(draft.reader, term, total) for term in (one, other))
-        constants = [None if layer is None else _constant(layer[1][1]) for layer in (taker, giver)]
-        if taker is None or giver is None or constants[0] is None or constants[1] is None or len(constants[1]) != 1:
-            continue
-        _hand_over(draft, taker, giver, constants[1].expand(len(constants[0])))
-        return
-
-
-_Layer = tuple[tuple[fx.Node, ...], tuple[fx.Node, "Operator"]]
-"""The nodes from a term of a sum back to a layer, and what that is."""
-
-
-def _layer(reader: Reader, term: Any, user: fx.Node) -> _Layer | None:
-    """The convolution that a term is, or the scale over one, in another shape, if nobody else reads it."""
-    passed: list[fx.Node] = []
-    while is_tensor(term) and readers(term) == [user]:
-        passed.append(term)
-        read = operator_of(reader, term)
-        if read is not None and isinstance(read[1], Scale):
-            inner = operator_of(reader, read[0]) if readers(read[0]) == [term] else None
-            return None if inner is None or not isinstance(inner[1], Conv) else (tuple(passed), read)
-        if read is not None and isinstance(read[1], Conv):
-            return tuple(passed), read
-        same = read is not None and isinstance(read[1], Identity)
-        if not same and not computes_nothing(term):
-            return None
-        user, term = term, read[0] if same and read is not None else carried(term)
-    return None
-
-
-def _constant(layer: Operator) -> Tensor | None:
-    """What an operator adds, per channel of its result."""
-    constant = layer.bias if isinstance(layer, Conv) else layer.shift if isinstance(layer, Scale) else None
-    return None if constant is None or constant.is_meta else constant
-
-
-def _hand_over(draft: Draft, taker: _Layer, giver: _Layer, constant: Tensor) -> None:
-    """Take a constant from one layer to another."""
-    (*moved, node), (atom, operator) = giver
-    later = draft.reader.later(node)
-    bare = draft.insert(without_constant(operator), atom, like=node)
-    bare.meta[EXACT] = lambda: without_constant(later())
-    draft.redirect(node, bare)
-    passed, (_, layer) = taker
-    gain = torch.ones(len(constant), dtype=torch.float64)
-    more = Scale(gain, constant.clone(), output_axis(layer))
-    draft.redirect(passed[-1], draft.insert(more, passed[-1], like=passed[-1]))
-    draft.forget([node, *moved, *passed])
-    draft.prune([node])

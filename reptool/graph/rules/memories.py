@@ -20,7 +20,7 @@ from reptool.graph.rules.edits import call
 from reptool.graph.rules.projections import gathered, projection, resized, work
 from reptool.graph.rules.slides import operator_of
 from reptool.graph.rules.worth import pays
-from reptool.graph.values import EXACT, shape_of, sizes_of
+from reptool.graph.values import shape_of, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ def _merge_before(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cos
     if found is None:
         return False
     heads, depth = found.channels.shape
-    rows, memory = sizes_of(found.tokens)[:2], shared.out_channels
+    rows, memory = found.rows, shared.out_channels
 
     def prices(cost: Cost) -> tuple[float, float]:
         before = work(cost, rows, found.width, heads * depth) + work(cost, (rows[0], heads * rows[1]), depth, memory)
@@ -80,8 +80,8 @@ def _merge_before(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cos
     if not pays(draft, cost, prices, (found.layer.node, node)):
         return False
     later = draft.reader.later(node)
-    made = draft.insert(resized(_biased(found.layer.outline, shared), heads * memory), found.tokens, like=node)
-    made.meta[EXACT] = lambda: _before(found, later)
+    outlined = resized(_biased(found.layer.outline, shared), heads * memory)
+    made = found.made_by(draft, outlined, lambda: _before(found, later), node)
     split = call(draft, node, aten.unflatten.int, made, 2, [heads, memory])
     draft.supersede(node, call(draft, node, aten.transpose.int, split, 1, 2))
     return True
@@ -108,9 +108,9 @@ def _merge_behind(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cos
     found = gathered(draft, node)
     if found is None:
         return False
-    result, places = found
-    heads, depth = places.shape
+    heads, depth = found.places.shape
     batch, _, many, memory = sizes_of(value)
+    result = found.layer
     out = result.outline.out_channels
 
     def prices(cost: Cost) -> tuple[float, float]:
@@ -122,8 +122,8 @@ def _merge_behind(draft: Draft, node: fx.Node, value: fx.Node, shared: Conv, cos
     later = draft.reader.later(node)
     turned = call(draft, node, aten.transpose.int, value, 1, 2)
     joined = call(draft, node, aten.flatten.using_ints, turned, 2, 3)
-    made = draft.insert(resized(_biased(result.outline, shared), out, heads * memory), joined, like=result.node)
-    made.meta[EXACT] = lambda: _behind(result, places, later)
+    outlined = resized(_biased(result.outline, shared), out, heads * memory)
+    made = found.insert(draft, joined, outlined, lambda: _behind(result, found.places, later), node)
     draft.supersede(result.node, made)
     return True
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 aten = torch.ops.aten
-PARTINGS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+PARTINGS = (
+    *(aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
+    *(aten.tensor_split.sections, aten.tensor_split.indices),
+)
 _PICKS = (aten.select.int, aten.slice.Tensor, aten.expand.default, aten.expand_as.default)
 
 

@@ -58,6 +58,20 @@ def varying_at_any_size(move: fx.Node, varies: frozenset[int]) -> frozenset[int]
     return frozenset(axis for before, after in blocks if varies.intersection(before) for axis in after)
 
 
+def merges_in_order(view: fx.Node) -> bool:
+    """Whether a view makes one axis of open ones in a row and does nothing else that depends on their sizes.
+
+    Law:      the entries of (H, W) viewed as one axis are in the same order at all sizes
+    Refuses:  open axes that are taken apart or traded among each other; sizes that are another value's
+    """
+    value = moved_from(view)
+    if value is None or view.target not in {*SIZED, aten.flatten.using_ints}:
+        return False
+    sizes, asked = _symbols(value), _asked_for(view, value)
+    blocks = [(b, a) for b, a in blocks_of(sizes, asked) if len(a) > 1]
+    return all(size.is_number for b, a in blocks for size in (*(sizes[i] for i in b), *(asked[i] for i in a)))
+
+
 def _is_viewed_alike(view: fx.Node, value: fx.Node, varies: frozenset[int]) -> bool:
     """Whether a view has the channels at the same places at all sizes."""
     sizes, asked = _symbols(value), _asked_for(view, value)

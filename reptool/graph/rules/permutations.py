@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from reptool.affine.operators import AvgPool, Conv, Identity, Pad, Scale
 from reptool.affine.tensors import by_group
-from reptool.graph.rules.carriers import axis_after, axis_before, carried
+from reptool.graph.rules.carriers import axis_after, axis_before, blocks_of, carried, computes_nothing, symbol_of
 from reptool.graph.rules.orders import index_of
 from reptool.graph.rules.pointwise import is_channelwise, is_elementwise
 from reptool.graph.rules.slides import operator_of
@@ -45,7 +45,7 @@ class _Step:
 def absorb_permutations(draft: Draft) -> None:
     """Take constant indices along the channels into the convolutions in front of them, or behind."""
     for node in list(draft.graph.nodes):
-        index = index_of(draft.reader, node) if node in draft.origin else None
+        index = index_of(draft.reader, node) if node.users else None
         if index is None or len(index.order) > sizes_of(index.value)[index.axis]:
             continue
         steps = _backward(draft.reader, index)
@@ -86,6 +86,13 @@ def _forward(reader: Reader, node: fx.Node, axis: int, order: Tensor) -> list[_S
         if read is not None and read[0] is node and _takes_columns(read[1], user, axis, order):
             steps.append(_Step(user, node, lambda op: _with_columns(op, order), is_end=True))
             continue
+        merged = _merged(user, node, axis, order)
+        if merged is not None:
+            onward = _forward(reader, user, axis, merged)
+            if onward is None:
+                return None
+            steps += [_Step(user, node), *onward]
+            continue
         passed = _passed(reader, user, axis, order, back=False)
         further = axis if passed is not None and passed[1] is not None else _axis_after(user, axis)
         if passed is None or passed[0] is not node or further is None or user.all_input_nodes.count(node) != 1:
@@ -95,6 +102,18 @@ def _forward(reader: Reader, node: fx.Node, axis: int, order: Tensor) -> list[_S
             return None
         steps += [_Step(user, node, passed[1]), *onward]
     return steps if any(step.is_end for step in steps) else None
+
+
+def _merged(node: fx.Node, value: fx.Node, axis: int, order: Tensor) -> Tensor | None:
+    """The order of the channels behind a node that makes one axis of theirs and of axes behind it; None if it does not."""
+    if carried(node) is not value or not computes_nothing(node):
+        return None
+    shapes = shape_of(value), shape_of(node)
+    before, after = (range(axis, axis + 2), range(axis, axis + 1))
+    if (before, after) not in blocks_of(*([symbol_of(s) for s in shape] for shape in shapes)):
+        return None
+    inner = shapes[0][axis + 1]
+    return (order[:, None] * inner + torch.arange(inner)).flatten() if isinstance(inner, int) else None
 
 
 def _passed(

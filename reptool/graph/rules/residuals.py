@@ -117,10 +117,15 @@ def _matrix(product: fx.Node, value: fx.Node) -> fx.Node | None:
 
 
 def _is_seen_as(node: Any, value: fx.Node) -> bool:
-    """Whether a node is a value in another shape, its entries in the same order."""
-    while node is not value and isinstance(node, fx.Node) and node.target in _VIEWS:
+    """Whether two nodes are one value, perhaps in different shapes, its entries in the same order."""
+    return _seen(node) is _seen(value)
+
+
+def _seen(node: Any) -> Any:
+    """The value that a node shows in another shape."""
+    while isinstance(node, fx.Node) and node.target in _VIEWS:
         node = node.args[0]
-    return node is value
+    return node
 
 
 def _pays(draft: Draft, found: _Residual, total: fx.Node, cost: Cost) -> bool:

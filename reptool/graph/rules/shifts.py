@@ -34,7 +34,9 @@ ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _LOGARITHMS = (aten.log_softmax.int, aten._log_softmax.default)  # noqa: SLF001  # ATen's name
-_MASKS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_PLACES: dict[Any, int] = {aten.where.self: 1, aten.where.ScalarOther: 1, aten.where.ScalarSelf: 2}
+"""Which of the arguments of a choice the values are; of ``where`` the first may be the constant too."""
+_MASKS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor, *_PLACES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,16 +197,17 @@ def _masked(reader: Reader, user: fx.Node, position: int, shift: Shift) -> Shift
 
     Refuses:  a finite value instead
     """
-    given = arguments_of(user) if user.target in _MASKS and position == 0 else None
-    if given is None:
+    given = arguments_of(user) if user.target in _MASKS else None
+    if given is None or position != _PLACES.get(user.target, 0):
         return None
-    value = given["value"]
+    value = given["value"] if "value" in given else given["self" if position == 2 else "other"]
     value = reader.tensor(value) if isinstance(value, fx.Node) else value
-    if value is None or float(value) != -inf:
+    if value is None or (isinstance(value, Tensor) and value.numel() != 1) or float(value) != -inf:
         return None
+    mask = given["mask"] if "mask" in given else given["condition"]
     further = shift.on(user, aligned(shift.varies, shift.node, user))
-    constant = reader.tensor(given["mask"]) is not None
-    return replace(further, proof=(*shift.proof, *(_made_of(given["mask"]) if constant else ())))
+    constant = reader.tensor(mask) is not None
+    return replace(further, proof=(*shift.proof, *(_made_of(mask) if constant else ())))
 
 
 def _made_of(node: fx.Node) -> list[fx.Node]:

@@ -241,6 +241,7 @@ def _drop_term(draft: Draft, node: fx.Node) -> None:
         for end in ends:
             draft.forget((*end.changed, *end.proof, *([term] if isinstance(term, fx.Node) else [])))
         replace_by(draft, node, call(draft, node, aten.neg.default, other) if negative else other)
+        draft.prune([term] if isinstance(term, fx.Node) else [])  # it is no reader of the logits any more
         return
 
 

@@ -8,7 +8,7 @@ cannot, all stays as it was.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
-NORMS = {aten.layer_norm.default: -1, aten.rms_norm.default: -1, aten.group_norm.default: 1}
+NORMS: dict[Any, int] = {
+    aten.layer_norm.default: -1,
+    aten.rms_norm.default: -1,
+    aten.group_norm.default: 1,
+    aten.instance_norm.default: 1,
+}
 """Norms with a weight and a bias of their own, and the axis those lie along."""
 
 
@@ -48,7 +53,7 @@ def _spread(draft: Draft, node: fx.Node) -> None:
     reader = draft.reader
     scale = _affine_part(reader, node)
     ways = [] if scale is None else _ways(node, scale, ())
-    moves = node.target in NORMS or any(way.passed for way in ways)
+    moves = _is_norm(node) or any(way.passed for way in ways)
     if not ways or not moves or not all(_takes(reader, way) for way in ways):
         return
     walk = _Walk(draft, node, _without_affine_part(draft, reader, node))
@@ -57,9 +62,14 @@ def _spread(draft: Draft, node: fx.Node) -> None:
     walk.tidy()
 
 
+def _is_norm(node: fx.Node) -> bool:
+    """Whether a node works out statistics of its own; an instance norm that tracked them is a scale in evaluation."""
+    return node.target in NORMS and arguments_of(node).get("use_input_stats") is not False
+
+
 def _affine_part(reader: Reader, node: fx.Node) -> Scale | None:
     """The scale a node ends in: a norm's weight and bias, or all the scales it is made of over something not affine."""
-    if node.target not in NORMS:
+    if not _is_norm(node):
         found = _scales_in(reader, node)
         inner = None if found is None else operator_of(reader, found[0])
         alone = inner is None or isinstance(inner[1], AvgPool)  # a convolution takes the scale itself
@@ -109,7 +119,7 @@ def _takes(reader: Reader, way: _Way) -> bool:
 
 def _without_affine_part(draft: Draft, reader: Reader, node: fx.Node) -> fx.Node:
     """What a scale is over: a norm without its weights, or a node's own input."""
-    if node.target not in NORMS:
+    if not _is_norm(node):
         found = _scales_in(reader, node)
         assert found is not None  # noqa: S101  # it has an affine part
         return found[0]
@@ -117,7 +127,7 @@ def _without_affine_part(draft: Draft, reader: Reader, node: fx.Node) -> fx.Node
     weights = {given["weight"], given.get("bias")} - {None}
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: None if n in weights else n)
     with draft.graph.inserting_before(node):
-        bare = draft.graph.call_function(node.target, args, kwargs)
+        bare = draft.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]  # an OpOverload
     bare.meta = dict(node.meta)
     return bare
 

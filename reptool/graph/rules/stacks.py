@@ -154,7 +154,7 @@ def _runs(
 
 def _is_cheaper(draft: Draft, apart: Sequence[Branch], whole: Branch, nodes: Sequence[fx.Node], cost: Cost) -> bool:
     """Whether branches cost no less than the one they could be."""
-    return pays(draft, cost, lambda cost: (sum(b.price(cost) for b in apart), whole.price(cost)), nodes)
+    return pays(draft, cost, lambda cost: (sum(b.price(cost) for b in apart), whole.price(cost)), nodes, beside=True)
 
 
 def _alike(one: fx.Node | None, other: fx.Node | None) -> bool:

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     """What the nodes cost as they are, and what they would cost rewritten."""
 
 
-def pays(draft: Draft, cost: Cost, prices: Prices, nodes: Sequence[fx.Node]) -> bool:
-    """Whether the estimate is a number and does not rise; else the draft notes that the nodes, in order, are kept apart."""
+def pays(draft: Draft, cost: Cost, prices: Prices, nodes: Sequence[fx.Node], *, beside: bool = False) -> bool:
+    """Whether the estimate is a number and does not rise; else the draft notes that the nodes, in order, are kept apart.
+
+    They stand in a row, or ``beside`` each other.
+    """
     before, after = prices(cost)
     if isfinite(after) and after <= before:
         return True
-    draft.keep_apart(nodes, rise((before, after), prices(macs)))
+    draft.keep_apart(nodes, rise((before, after), prices(macs), draft.graph), beside=beside)
     return False

@@ -207,7 +207,7 @@ register(
     _card(
         input=(512, 7, 7),
         parameters=68_513,
-        deploy_parameters=68_257,
+        deploy_parameters=68_256,
         macs=1_740_320,
         deploy_macs=1_740_320,
         deploy={"Conv": 4, "Linear": 2},
@@ -217,18 +217,18 @@ register(
 
 # layers: learnable numbers of the training and the deploy form, multiply-accumulates of both, figures as printed elsewhere
 _VARIANTS: dict[int, tuple[int, int, int, int, tuple[str, ...]]] = {
-    18: (11_712_503, 11_707_479, 1_819_224_000, 1_819_224_000, ("11.71 M, 1.82 G (paper)",)),
-    34: (21_820_663, 21_811_927, 3_668_912_064, 3_668_912_064, ("21.82 M, 3.67 G (paper)",)),
+    18: (11_712_503, 11_707_476, 1_819_224_000, 1_819_224_000, ("11.71 M, 1.82 G (paper)",)),
+    34: (21_820_663, 21_811_924, 3_668_912_064, 3_668_912_064, ("21.82 M, 3.67 G (paper)",)),
     50: (
         25_915_099,
-        25_887_643,
+        25_887_640,
         4_171_331_328,
         4_171_331_328,
         ("25.92 M, 3.94 G, stride in the first 1 x 1 (paper)", "25.92 M, 4.205 G (PytorchInsight)"),
     ),
     101: (
         44_907_227,
-        44_853_659,
+        44_853_656,
         7_883_552_512,
         7_883_552_512,
         ("44.91 M, 7.65 G, stride in the first 1 x 1 (paper)",),

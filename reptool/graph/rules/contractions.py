@@ -1,0 +1,94 @@
+"""Einstein sums and contractions that are a product, or a layer on the last axis, written as that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reptool.graph.rules.edits import call
+from reptool.graph.rules.picks import stacked
+from reptool.graph.values import arguments_of, shape_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from reptool.graph.draft import Draft
+
+aten = torch.ops.aten
+
+
+def write_product(draft: Draft, node: fx.Node) -> None:
+    """Write an Einstein sum of which one operand has all letters as a product, and a sum behind it.
+
+    Law:      einsum("bchw,bc->bchw", x, a) == x * a[:, :, None, None]
+    When:     nothing is summed, or one axis along which the larger operand is a stack of values
+    Refuses:  letters that stand twice in an operand, an ellipsis over other axes in each
+    """
+    operands: Any = node.args[1]
+    letters = _letters(node) if len(operands) == 2 else None
+    if letters is None:
+        return
+    (one, other, out), (left, right) = letters, operands
+    (whole, large), (part, small) = (
+        ((one, left), (other, right)) if set(other) <= set(one) else ((other, right), (one, left))
+    )
+    summed = [c for c in whole if c not in out]
+    if not set(part) <= set(whole) or draft.reader.tensor(large) is not None or not set(out) <= set(whole):
+        return
+    pile = stacked(large) if len(summed) == 1 else None
+    if summed and (pile is None or whole.index(summed[0]) != pile[1]):
+        return
+    result = call(draft, node, aten.mul.Tensor, large, _spread_over(draft, node, small, part, whole))
+    if summed:
+        result = call(draft, node, aten.sum.dim_IntList, result, [whole.index(summed[0])])
+        whole = [c for c in whole if c not in summed]
+    order = [whole.index(c) for c in out]
+    if order != sorted(order):
+        result = call(draft, node, aten.permute.default, result, order)
+    draft.supersede(node, result)
+
+
+def _letters(node: fx.Node) -> tuple[list[str], list[str], list[str]] | None:
+    """The letters of both operands and of the result; those that an ellipsis stands for are digits."""
+    sides, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    operands: Any = node.args[1]
+    terms = [*sides.split(","), result]
+    rest = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(operands, terms, strict=False) if "..." in t]
+    if not arrow or len(set(rest)) > 1 or (rest and rest[0] > 9):
+        return None
+    filled = [list(t.replace("...", "0123456789"[: rest[0]] if rest else "")) for t in terms]
+    plain = all(len(set(t)) == len(t) for t in filled)
+    return (filled[0], filled[1], filled[2]) if plain else None
+
+
+def _spread_over(draft: Draft, like: fx.Node, value: Any, letters: list[str], wanted: list[str]) -> fx.Node:
+    """A value with its axes in the wanted order, and axes of size one for those that it has not."""
+    order = [letters.index(c) for c in wanted if c in letters]
+    if order != sorted(order):
+        value = call(draft, like, aten.permute.default, value, order)
+    for axis, letter in enumerate(wanted):
+        if letter not in letters:
+            value = call(draft, like, aten.unsqueeze.default, value, axis)
+    made: fx.Node = value
+    return made
+
+
+def write_layer(draft: Draft, node: fx.Node) -> None:
+    """Write a contraction of one axis with that of a constant matrix as a layer on the last axis.
+
+    Law:      tensordot(x, W, ([d], [1])) == linear(movedim(x, d, -1), W)
+    Refuses:  two computed values, further axes
+    """
+    given = arguments_of(node)
+    sides = [(given["self"], given["dims_self"]), (given["other"], given["dims_other"])]
+    is_weight = [draft.reader.tensor(n) is not None for n, _ in sides]
+    (weight, columns), (value, axes) = sides if is_weight[0] else sides[::-1]
+    if is_weight == [False, False] or len(axes) != 1 or len(shape_of(weight)) != 2:
+        return
+    axis, last = axes[0] % len(shape_of(value)), len(shape_of(value)) - 1
+    if columns[0] % 2 == 0:
+        weight = call(draft, node, aten.transpose.int, weight, 0, 1)
+    moved = value if axis == last else call(draft, node, aten.movedim.int, value, axis, last)
+    result = call(draft, node, aten.linear.default, moved, weight)
+    draft.supersede(node, call(draft, node, aten.movedim.int, result, last, 0) if is_weight[0] and last else result)
