@@ -26,6 +26,7 @@ from reptool.graph.hooks import refuse_hooks
 from reptool.graph.inplace import drop_dropouts, is_functional, make_functional, uncertain, writer_to
 from reptool.graph.keeping import kept
 from reptool.graph.naming import module_path
+from reptool.graph.values import END, arguments_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -73,6 +74,7 @@ def capture(
         program = _functional(exported.program, model)
     _refuse_memory(program, assigned)
     _drop_assertions(program.graph)
+    _drop_whole_slices(program.graph)
     guard_inputs(program, exported.channels, outgrown=exported.outgrown)
     return _captured(program, example.layout)
 
@@ -189,6 +191,17 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is _ASSERTION:
             graph.erase_node(node)
+
+
+def _drop_whole_slices(graph: fx.Graph) -> None:
+    """Leave out slices of everything, which an index such as ``x[:, 0]`` writes for the axes in front."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.slice.Tensor and not any(user.op == "output" for user in node.users):
+            given = arguments_of(node)
+            end = END if given["end"] is None else given["end"]
+            if not given["start"] and given["step"] == 1 and isinstance(end, int) and end >= END:
+                node.replace_all_uses_with(given["self"])
+                graph.erase_node(node)
 
 
 def _captured(program: ExportedProgram, layout: Layout) -> Captured:

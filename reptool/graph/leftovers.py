@@ -167,7 +167,7 @@ def _why_layer(conv: Conv, scale: Scale, axis: int, rank: int) -> Iterator[str]:
     if axis != channels:
         yield "mixes another axis than the one it acts on"
         return
-    folded = compose(Scale(scale.gain, scale.shift, 1 if conv.rank else -1), outline(conv))
+    folded = compose(outline(Scale(scale.gain, scale.shift, 1 if conv.rank else -1)), outline(conv))
     if isinstance(folded, Refusal):
         yield f"cannot take it: {folded.reason}"
 

@@ -10,13 +10,10 @@ from torch import Tensor, fx
 
 from reptool.affine.operators import AvgPool, Conv, ConvTranspose, Pad, Refusal
 from reptool.graph.read_channels import Reading, channels_of, identity, name_of, one
-from reptool.graph.values import shape_of
+from reptool.graph.values import END, shape_of
 
 if TYPE_CHECKING:
     from reptool.graph.read import Reader
-
-END = 2**62
-"""From here on a slice ends where its axis does."""
 
 
 def conv(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:

@@ -23,6 +23,8 @@ SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)  # 
 """What shows a value in a shape that is given as a list of sizes."""
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)  # noqa: SLF001  # ATen's name
 """What changes a value's dtype, and nothing at all where it has that dtype, such as in front of a softmax."""
+END = 2**62
+"""From here on a slice ends where its axis does."""
 OPERATOR = "operator"
 """The entry of a node's ``meta`` that holds the operator it stands for, where a rule made the node."""
 EXACT = "exact"

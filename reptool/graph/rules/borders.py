@@ -14,9 +14,9 @@ from torch import Tensor, fx
 
 from reptool.affine.operators import Conv, Pad, Scale
 from reptool.graph.draft import is_tensor
-from reptool.graph.read_windows import END, padding_of
+from reptool.graph.read_windows import padding_of
 from reptool.graph.rules.slides import operator_of
-from reptool.graph.values import arguments_of, fixed, same_shape, shape_of
+from reptool.graph.values import END, arguments_of, fixed, same_shape, shape_of
 
 if TYPE_CHECKING:
     from reptool.graph.draft import Draft

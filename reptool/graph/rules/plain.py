@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _EXPANSIONS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default, aten.repeat.default)
-_END = 2**63 - 1
-"""Where a slice ends that has no end."""
 _BROADCAST = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -51,17 +49,6 @@ def _drop_zero(draft: Draft, node: fx.Node) -> None:
         return
     if value.meta["val"].dtype == node.meta["val"].dtype:
         draft.redirect(node, value)
-        draft.prune([node])
-
-
-def _drop_slice(draft: Draft, node: fx.Node) -> None:
-    """Leave out a slice of everything, which an index such as ``x[:, 0]`` writes for the axes in front.
-
-    Law:      x[:] == x
-    """
-    given = arguments_of(node)
-    if not given["start"] and given["step"] == 1 and (given["end"] is None or given["end"] == _END):
-        draft.redirect(node, given["self"])
         draft.prune([node])
 
 
@@ -217,7 +204,6 @@ _Step = Callable[["Draft", fx.Node], None]
 _STEPS: tuple[dict[Any, _Step], ...] = (
     {
         aten.add.Tensor: _drop_zero,
-        aten.slice.Tensor: _drop_slice,
         **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _drop_border),
         **dict.fromkeys(_EXPANSIONS, _drop_expansion),
     },
