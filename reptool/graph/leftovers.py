@@ -135,7 +135,7 @@ def _behind(user: fx.Node, node: fx.Node, scale: Scale, plan: Plan) -> str:
 def _readers(norm: fx.Node, plan: Plan) -> str:
     """Which readers of a norm cannot take its gain and shift; then all stays as it was."""
     given = arguments_of(norm)
-    gain, shift = (plan.reader.outline(given[name]) for name in ("weight", "bias"))
+    gain, shift = (plan.reader.outline(given.get(name)) for name in ("weight", "bias"))  # an RMS norm has no shift
     if gain is None or gain.dim() != 1:
         return "its weights lie along more than one axis"
     scale = Scale(gain, shift, NORMS[norm.target])

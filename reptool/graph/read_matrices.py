@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from reptool.affine.operators import Conv, Refusal
 from reptool.affine.pointwise import matrix_is_conv
 from reptool.graph.read_channels import Reading, one
-from reptool.graph.values import shape_of
+from reptool.graph.values import same_size, shape_of
 
 if TYPE_CHECKING:
     from reptool.graph.read import Reader
@@ -66,6 +66,8 @@ def einsum(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     assert matrix is not None  # noqa: S101  # see weights
     for old, new, turned in ((column, row, matrix), (row, column, matrix.t().contiguous())):
         if axes.count(old) == 1 and new not in axes and axes.replace(old, new) == result:
+            if not same_size(shape_of(value)[axes.index(old)], turned.shape[1]):
+                return Refusal("it repeats an axis of size one")
             return _on_axis(value, axes.index(old), turned)
     return Refusal("it is no product with a matrix on one axis")
 

@@ -130,8 +130,8 @@ def test_a_wrong_result_is_caught(name, code, tmp_path, monkeypatch):
     """Control: a fused network with one weight changed by a thousandth does not pass, whatever its inputs are."""
     fuse = own.fuse
 
-    def spoiled(network, inputs):
-        module = fuse(network, inputs)
+    def spoiled(network, inputs, **options):
+        module = fuse(network, inputs, **options)
         with torch.no_grad():
             next(p for p in module.parameters() if p.dim() > 2).mul_(1.001)
         return module

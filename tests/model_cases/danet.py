@@ -55,7 +55,7 @@ CASES = [
         "da_module",
         {"d_model": 8, "H": 5, "W": 7, "preset": "collection"},
         ((8, 5, 7),),
-        {"Conv": 2, "Linear": 5, "MatMul": 4, "Softmax": 2},
+        {"Conv": 2, "Linear": 3, "MatMul": 4, "Softmax": 2},
         idle={"fc_k.bias": "adds the same to a query's products with all keys"},
         label="collection",
     ),

@@ -8,7 +8,7 @@ import torch
 
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.picks import stacked
-from reptool.graph.values import arguments_of, shape_of
+from reptool.graph.values import arguments_of, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -78,7 +78,7 @@ def write_layer(draft: Draft, node: fx.Node) -> None:
     """Write a contraction of one axis with that of a constant matrix as a layer on the last axis.
 
     Law:      tensordot(x, W, ([d], [1])) == linear(movedim(x, d, -1), W)
-    Refuses:  two computed values, further axes
+    Refuses:  two computed values, further axes, a size of one that is broadcast
     """
     given = arguments_of(node)
     sides = [(given["self"], given["dims_self"]), (given["other"], given["dims_other"])]
@@ -87,6 +87,8 @@ def write_layer(draft: Draft, node: fx.Node) -> None:
     if is_weight == [False, False] or len(axes) != 1 or len(shape_of(weight)) != 2:
         return
     axis, last = axes[0] % len(shape_of(value)), len(shape_of(value)) - 1
+    if not same_size(shape_of(value)[axis], shape_of(weight)[columns[0]]):
+        return
     if columns[0] % 2 == 0:
         weight = call(draft, node, aten.transpose.int, weight, 0, 1)
     moved = value if axis == last else call(draft, node, aten.movedim.int, value, axis, last)

@@ -75,6 +75,7 @@ def run_move(node: fx.Node, numbers: Tensor) -> Tensor:
     value = moved_from(node)
     holder = node.args[0] if node.target is operator.getitem else node
     assert isinstance(holder, fx.Node)  # noqa: S101  # it moves a node's value
+    numbers = numbers.contiguous()  # the value may lie in memory as a view of it needs, where the numbers do not
     args, kwargs = fx.map_arg(
         (holder.args, dict(holder.kwargs)), lambda n: numbers if n is value else at_example(n.meta["val"])
     )

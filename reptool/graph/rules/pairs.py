@@ -35,8 +35,8 @@ def choose_by_sigmoid(draft: Draft) -> None:
 
 
 def _is_pair(softmax: fx.Node) -> bool:
-    given = arguments_of(softmax)
-    size = shape_of(softmax)[given["dim"]]
+    given, shape = arguments_of(softmax), shape_of(softmax)
+    size = shape[given["dim"]] if shape else None
     return isinstance(size, int) and size == 2 and given["dtype"] is None
 
 
@@ -47,12 +47,13 @@ def _choose(draft: Draft, softmax: fx.Node) -> None:
     When:     the logits are the two halves of one layer's channels, or two stacked values; the weights multiply two
               stacked branches that are summed, or are picked, multiplied with one branch each, and added
     Refuses:  a softmax over more than two; logits or weights that anybody else reads; branches whose shapes are not
-              the same for every input
+              the same for every input, or that are not of the result's precision (a difference of masks is none)
     Source:   Li et al. 2019, Selective Kernel Networks, section 3.1
     """
     trail = _trail(softmax)
     choice = _stacked(trail) or _picked(trail)
-    difference = None if choice is None else _difference(draft, softmax)
+    alike = choice is not None and {n.meta["val"].dtype for n in choice.branches} == {choice.result.meta["val"].dtype}
+    difference = _difference(draft, softmax) if alike else None
     if choice is None or difference is None:
         return
     one, other = choice.branches

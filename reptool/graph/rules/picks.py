@@ -60,8 +60,8 @@ def _split(parting: fx.Node, index: Any) -> Piece | None:
         return None
     axis = arguments_of(parting)["dim"] % len(shape_of(value))
     sizes = [part.shape[axis] for part in parting.meta["val"]]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
+    if not all(isinstance(size, int) for size in sizes) or sum(sizes) != shape_of(value)[axis]:
+        return None  # tensor_split's indices may go backwards
     return Piece(value, axis, sum(sizes[: index % len(sizes)]))
 
 

@@ -165,8 +165,8 @@ def _add_up(draft: Draft, node: fx.Node) -> None:
     if len(given["dim"] or ()) != 1:
         return
     pile, weight = _weighed(draft.reader, given["self"], node)
-    found = stacked(pile)
-    axis = given["dim"][0] % len(shape_of(given["self"]))
+    found, rank = stacked(pile), len(shape_of(given["self"]))
+    axis = given["dim"][0] % max(rank, 1)  # a number has no axes
     if found is None or found[1] != axis or node.meta["val"].dtype != found[0][0].meta["val"].dtype:
         return
     parts, alone = found[0], readers(pile) == ([node] if weight is None else [given["self"]])

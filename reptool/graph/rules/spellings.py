@@ -41,7 +41,7 @@ def _cut_of_weight(draft: Draft, node: fx.Node) -> None:
     """A piece of a weight, such as the keys' part of what torch's attention projects with, as a slice of it.
 
     Law:      split(w, n)[i] == w[start:stop], along the axis that is split
-    Refuses:  a value that is no weight
+    Refuses:  a value that is no weight; indices that go backwards, whose pieces do not follow each other
     """
     parting, place = node.args
     if not isinstance(parting, fx.Node) or parting.target not in PARTINGS or parting.target is aten.unbind.int:
@@ -50,6 +50,8 @@ def _cut_of_weight(draft: Draft, node: fx.Node) -> None:
     if draft.reader.tensor(weight) is None or not isinstance(place, int):
         return
     pieces = [value.shape[given["dim"]] for value in parting.meta["val"]]
+    if sum(pieces) != shape_of(weight)[given["dim"]]:  # type: ignore[arg-type]  # a weight is a node
+        return
     start = sum(pieces[:place])
     draft.supersede(node, call(draft, node, aten.slice.Tensor, weight, given["dim"], start, start + pieces[place]))
 
@@ -73,7 +75,7 @@ def _softmax_of_quotient(draft: Draft, node: fx.Node) -> None:
 
     Law:      exp(x - m) / sum(exp(x - m)) == softmax(x - m), for any m
     Refuses:  exponentials, or a sum, that anybody else reads; a sum along several axes, or whose axis is gone; a summand
-              in the denominator
+              in the denominator; integers and complex numbers, of which torch has no softmax
     """
     top, total = (_made_by(a) for a in node.args[:2])
     sums = total.args[0] if total is not None and total.target in EXPANDS else total
@@ -82,7 +84,7 @@ def _softmax_of_quotient(draft: Draft, node: fx.Node) -> None:
     if sums.target is not aten.sum.dim_IntList or sums.args[0] is not top or set(readers(top)) != {sums, node}:
         return
     axis = _one_axis(sums)
-    if axis is not None and len(readers(sums)) == 1:
+    if axis is not None and len(readers(sums)) == 1 and _is_real(top.args[0]):
         draft.supersede(node, call(draft, node, aten.softmax.int, top.args[0], axis))
 
 
@@ -90,7 +92,7 @@ def _softmax_of_logarithms(draft: Draft, node: fx.Node) -> None:
     """The exponentials of logarithms of a softmax, or of a value less the logarithm of its exponentials' sum.
 
     Law:      exp(log_softmax(x)) == exp(x - logsumexp(x)) == softmax(x)
-    Refuses:  logarithms that anybody else reads; a sum along several axes, or whose axis is gone
+    Refuses:  logarithms that anybody else reads; a sum along several axes, or whose axis is gone; integers
     """
     inner = _made_by(node.args[0])
     if inner is None or len(readers(inner)) != 1:
@@ -102,7 +104,7 @@ def _softmax_of_logarithms(draft: Draft, node: fx.Node) -> None:
     if total is None or total.target is not aten.logsumexp.default or total.args[0] is not inner.args[0]:
         return
     axis = _one_axis(total)
-    if axis is not None and arguments_of(inner)["alpha"] == 1:
+    if axis is not None and arguments_of(inner)["alpha"] == 1 and _is_real(inner.args[0]):
         draft.supersede(node, call(draft, node, aten.softmax.int, inner.args[0], axis))
 
 
@@ -111,12 +113,17 @@ def _made_by(argument: Any) -> fx.Node | None:
     return argument if is_tensor(argument) and argument.op == "call_function" else None
 
 
+def _is_real(value: Any) -> bool:
+    """Whether a value has floating numbers, which a softmax takes."""
+    return is_tensor(value) and bool(value.meta["val"].is_floating_point())
+
+
 def _one_axis(total: fx.Node) -> int | None:
     """The axis of a sum along one, counted from the right, that is kept."""
     given, rank = arguments_of(total), len(shape_of(total))
     named: Any = given["dim"]
     axes: list[int] = [named] if isinstance(named, int) else list(named or ())
-    plain = given["keepdim"] and given.get("dtype") is None and len(axes) == 1
+    plain = rank > 0 and given["keepdim"] and given.get("dtype") is None and len(axes) == 1
     return axes[0] % rank - rank if plain else None
 
 

@@ -260,14 +260,14 @@ _SIZES: dict[str, tuple[int, int, float]] = {
 # name, whether with the 7 x 7 stem: learnable numbers of the training and the deploy form, multiply-accumulates of
 # the training form, figures as printed elsewhere
 _VARIANTS: dict[tuple[str, bool], tuple[int, int, int, str]] = {
-    ("lite", False): (10_508_300, 10_477_616, 1_533_125_376, "11 M, 1.4 G (README)"),
-    ("small", False): (13_679_708, 13_642_864, 2_093_352_960, "14 M, 1.9 G (README)"),
-    ("base", False): (30_327_052, 30_259_520, 4_625_875_648, "30 M, 4.3 G (README)"),
-    ("large", False): (51_676_156, 51_580_928, 8_359_835_584, "52 M, 7.9 G (README)"),
-    ("lite", True): (10_489_196, 10_458_512, 1_466_893_056, "10.49 M, 1.4 G without attention's products (paper)"),
-    ("small", True): (13_660_604, 13_623_760, 2_027_120_640, "13.66 M, 1.9 G without attention's products (paper)"),
-    ("base", True): (30_277_660, 30_210_128, 4_396_470_976, "30.28 M, 4.3 G without attention's products (paper)"),
-    ("large", True): (51_626_764, 51_531_536, 8_130_430_912, "51.63 M, 7.9 G without attention's products (paper)"),
+    ("lite", False): (10_508_300, 10_477_488, 1_533_125_376, "11 M, 1.4 G (README)"),
+    ("small", False): (13_679_708, 13_642_736, 2_093_352_960, "14 M, 1.9 G (README)"),
+    ("base", False): (30_327_052, 30_259_328, 4_625_875_648, "30 M, 4.3 G (README)"),
+    ("large", False): (51_676_156, 51_580_736, 8_359_835_584, "52 M, 7.9 G (README)"),
+    ("lite", True): (10_489_196, 10_458_384, 1_466_893_056, "10.49 M, 1.4 G without attention's products (paper)"),
+    ("small", True): (13_660_604, 13_623_632, 2_027_120_640, "13.66 M, 1.9 G without attention's products (paper)"),
+    ("base", True): (30_277_660, 30_209_936, 4_396_470_976, "30.28 M, 4.3 G without attention's products (paper)"),
+    ("large", True): (51_626_764, 51_531_344, 8_130_430_912, "51.63 M, 7.9 G without attention's products (paper)"),
 }
 
 
@@ -282,7 +282,6 @@ def _register(size: str, stem7: bool) -> None:
         macs=macs,
         deploy_macs=macs - 4 * 49 * channels**2,  # two blocks of one head project no keys and values, of 49 positions
         deploy={
-            "ChannelScale": 2,
             "Conv": (16 if stem7 else 18) + 2 * third,
             "LayerNorm": 17 + 3 * third,
             "Linear": 29 + 5 * third,
