@@ -194,13 +194,17 @@ def _drop_assertions(graph: fx.Graph) -> None:
 
 
 def _drop_whole_slices(graph: fx.Graph) -> None:
-    """Leave out slices of everything, which an index such as ``x[:, 0]`` writes for the axes in front."""
+    """Leave out slices of everything, and what writes all of a value anew.
+
+    An index such as ``x[:, 0]`` writes them for the axes in front, an assignment to one both.
+    """
+    kept = {torch.ops.aten.slice.Tensor: "self", torch.ops.aten.slice_scatter.default: "src"}
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.slice.Tensor and not any(user.op == "output" for user in node.users):
+        if node.target in kept and not any(user.op == "output" for user in node.users):
             given = arguments_of(node)
             end = END if given["end"] is None else given["end"]
             if not given["start"] and given["step"] == 1 and isinstance(end, int) and end >= END:
-                node.replace_all_uses_with(given["self"])
+                node.replace_all_uses_with(given[kept[node.target]])
                 graph.erase_node(node)
 
 

@@ -82,15 +82,15 @@ def safe(name: str, used: Collection[str]) -> str:
     """A dotted name that a fused module can hold, and its code can write.
 
     A first part that is an attribute of the module itself, and any that is a word of Python, gets underscores until
-    it is none of the parts that are ``used``.
+    it is none of the parts that are ``used``; so does ``self`` alone, which the code would take for the module.
     """
     first, *rest = name.split(".")
-    free = [_free(first, used) if first in _OWN else first, *rest]
+    free = [_free(first, used) if first in _OWN or name == "self" else first, *rest]
     return ".".join(_free(part, used) if iskeyword(part) else part for part in free)
 
 
 def _free(part: str, used: Collection[str]) -> str:
-    while part in used or part in _OWN or iskeyword(part):
+    while part in used or part in _OWN or iskeyword(part) or part == "self":
         part += "_"
     return part
 

@@ -22,14 +22,17 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _FIXED = frozenset(
-    ("matmul", "mm", "bmm", "addmm", "einsum", "slice", "view", "reshape", "expand", "flatten", "permute", "transpose")
+    (
+        *("matmul", "mm", "bmm", "addmm", "einsum", "view", "reshape", "expand", "flatten", "unflatten"),
+        *("permute", "transpose", "slice", "unbind", "split", "split_with_sizes", "chunk"),
+    )
 )
 """Operators that name sizes: with one of them a region keeps all those that are fixed."""
 _LAST = frozenset(("linear", "layer_norm"))
 """Operators that read the last axis, so that it keeps its size."""
 
-_MASKS = 16
-"""Random masks that are tried."""
+_CHANCES = (*[1 / 2] * 8, 1 / 8, 7 / 8, 1 / 32, 31 / 32, 1 / 32, 31 / 32, 0, 1)
+"""Of a one in the random masks that are tried in turn: a mask may hide its ones or its zeros, and leave no row a number."""
 _FEWEST, _MOST = 1 << 17, 1 << 20
 """Between these, so many random numbers are drawn once: 8 MB at most."""
 
@@ -181,7 +184,7 @@ def _extent(node: fx.Node, module: nn.Module) -> int:
 def draws(region: Between, shapes: list[tuple[int, ...]]) -> Iterator[tuple[Tensor, ...]]:
     """Entries to try in turn: several where there are masks, as one that leaves nothing of a row has no finite result."""
     masked = any(not before.meta["val"].dtype.is_floating_point for before, _ in region.entries)
-    return (_draw(region, shapes, seed) for seed in range(_MASKS if masked else 1))
+    return (_draw(region, shapes, seed) for seed in range(len(_CHANCES) if masked else 1))
 
 
 def _draw(region: Between, shapes: list[tuple[int, ...]], seed: int) -> tuple[Tensor, ...]:
@@ -195,7 +198,7 @@ def _draw(region: Between, shapes: list[tuple[int, ...]], seed: int) -> tuple[Te
             drawn.append(noise[start : start + prod(shape)].view(shape))
             start += prod(shape)
         else:
-            drawn.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
+            drawn.append((torch.rand(shape, generator=generator) < _CHANCES[seed]).to(dtype))
     return tuple(drawn)
 
 

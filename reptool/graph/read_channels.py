@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Reading = Form | Refusal
 _OF_SIZES = "it computes with a number that depends on sizes"
+_LARGEST = float(torch.finfo(torch.float64).max) ** 0.5
+"""The size of a constant from which on it is left alone: the proof's values times such a one are infinite."""
 
 
 def name_of(node: fx.Node) -> str:
@@ -160,11 +162,14 @@ def _scaled(reader: Reader, node: fx.Node, value: Any, factor: Any, *, invert: b
 
 
 def _vector(reader: Reader, node: fx.Node, value: Any) -> tuple[Tensor, int] | Refusal:
-    """A constant as a vector along one channel axis of a node's value; it has to be finite."""
+    """A constant as a vector along one channel axis of a node's value; it has to be finite, and leave room for the value.
+
+    A mask made by the lowest number of float64 overflows with other numbers than 0 and 1.
+    """
     found = _any_vector(reader, node, value)
-    if isinstance(found, Refusal) or bool(torch.isfinite(found[0]).all()):
+    if isinstance(found, Refusal) or bool((found[0].abs() < _LARGEST).all()):
         return found
-    return Refusal("its constant is not finite")
+    return Refusal("its constant is not finite, or so large that its square is not")
 
 
 def _any_vector(reader: Reader, node: fx.Node, value: Any) -> tuple[Tensor, int] | Refusal:

@@ -15,6 +15,9 @@ from reptool.graph.values import END, shape_of
 if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
+_ANY_NUMBER = "it has channels of any number"
+"""Why a pool or a border is not read: with another map of its input it would become a kernel for the example's channels."""
+
 
 def conv(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     """A convolution."""
@@ -55,6 +58,8 @@ def avg_pool(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     rank = int(name_of(node)[-2])
     if v["self"].meta["val"].dim() != rank + 2:
         return Refusal("its input has no batch axis")
+    if not isinstance(shape_of(v["self"])[1], int):
+        return Refusal(_ANY_NUMBER)
     window = _axes(v["kernel_size"], rank)
     stride = _axes(v["stride"], rank) if v["stride"] else window
     options = (bool(v["ceil_mode"]), bool(v["count_include_pad"]), v.get("divisor_override"))
@@ -75,8 +80,10 @@ def pad(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     if rank < 1 or len(amounts) > 2 * rank or not all(isinstance(a, int) for a in amounts):
         return Refusal("it pads another axis than the window's")
     fill = float(v.get("value") or 0) if mode == "constant" else 0.0
-    if fill and not (isfinite(fill) and isinstance(shape_of(value)[1], int)):
-        return Refusal(f"its border is {v['value']}, or around channels of any number")
+    if not isinstance(shape_of(value)[1], int):
+        return Refusal(_ANY_NUMBER)
+    if not isfinite(fill):
+        return Refusal(f"its border is {v['value']}")
     padding = padding_of(amounts, rank)
     channels = channels_of(value)
     vector = torch.full((channels,), fill, dtype=torch.float64) if fill else None
@@ -92,6 +99,8 @@ def crop(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
         return identity(reader, node, v)
     if axis < 0 or v["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
         return Refusal("it is no crop of a window axis")
+    if not isinstance(shape_of(value)[1], int):
+        return Refusal(_ANY_NUMBER)
     size = shape_of(value)[axis + 2]
     if isinstance(size, int) and start >= size:
         return Refusal("it is empty")

@@ -223,6 +223,8 @@ class Runner:
         if is_idle_cast(node):
             return value(node.args[0])  # type: ignore[arg-type]  # a node; in float64 it would be cast to another dtype
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+        if read is not as_stored and _makes_numbers(node):
+            kwargs = {**kwargs, "dtype": torch.float64}
         return node.target(*args, **kwargs)  # type: ignore[operator]  # only functions get here
 
     def _outside(self, node: fx.Node, sizes: Sizes, read: Read) -> Any:
@@ -237,6 +239,19 @@ class Runner:
         if tensor is None:
             raise AssertionError(f"{node} is read by a region and lies outside it; please report this")
         return read(tensor)
+
+
+def _makes_numbers(node: fx.Node) -> bool:
+    """Whether a node makes floating numbers of nothing but sizes, such as ``torch.zeros``."""
+    made = node.meta.get("val")
+    schema = getattr(node.target, "_schema", None)
+    takes_type = schema is not None and any(argument.name == "dtype" for argument in schema.arguments)
+    return (
+        takes_type
+        and isinstance(made, Tensor)
+        and made.is_floating_point()
+        and not any(map(is_tensor, node.all_input_nodes))
+    )
 
 
 def as_stored(tensor: Tensor) -> Tensor:

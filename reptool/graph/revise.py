@@ -8,7 +8,7 @@ from reptool.graph.rules.batches import run_in_batches
 from reptool.graph.rules.borders import read_borders
 from reptool.graph.rules.centring import centre_maps
 from reptool.graph.rules.concat import scale_branches
-from reptool.graph.rules.edits import tidy
+from reptool.graph.rules.edits import allow_any_layout, tidy
 from reptool.graph.rules.factors import hand_factors_back
 from reptool.graph.rules.flattening import flatten_scales
 from reptool.graph.rules.folds import unfold_heads
@@ -74,3 +74,4 @@ def revise(draft: Draft, cost: Cost) -> None:
     centre_maps(draft)
     stack_siblings(draft, cost)
     tidy(draft)
+    allow_any_layout(draft)

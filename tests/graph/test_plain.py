@@ -99,7 +99,7 @@ WRITTEN = {
     "all of a value, from the last on": (
         lambda s, x: torch.cat(pair(s, x).relu().unbind(1)[::-1], 1),
         IMAGE,
-        {"Conv2d": 1, "sym_size": 3, "view": 1, "relu": 1, "flip": 1, "flatten": 1},
+        {"Conv2d": 1, "sym_size": 3, "reshape": 1, "relu": 1, "flip": 1, "flatten": 1},
     ),
 }
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from reptool.graph.read import Reader
 
 aten = torch.ops.aten
-_ANY_LAYOUT = {aten.view.default: aten.reshape.default, aten.view_as.default: aten.reshape_as.default}
-"""What shows a value in another shape only if it lies in one piece, and what does so for any."""
 _TAKE_APART = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
@@ -255,7 +253,6 @@ def _write(draft: Draft, members: Sequence[Sibling]) -> None:
     for part, member in zip(found, members, strict=True):
         part.meta["val"] = member.node.meta["val"]
         inner = member.node.all_input_nodes
-        _allow_any_layout(member.node)
         draft.supersede(member.node, part)
         draft.prune(inner)
 
@@ -281,11 +278,3 @@ def _common_modules(nodes: Iterable[fx.Node]) -> dict[str, Any]:
             break
         found[key] = module
     return found
-
-
-def _allow_any_layout(value: fx.Node) -> None:
-    """Let those who show a value in another shape do so also where it is no longer in one piece."""
-    for user in value.users:
-        if _is_view(user, value):
-            user.target = _ANY_LAYOUT.get(user.target, user.target)  # type: ignore[call-overload]  # any target
-            _allow_any_layout(user)

@@ -132,12 +132,26 @@ def _ends(reader: Reader, shift: Shift, among: Sequence[fx.Node] = ()) -> list[E
     """Where a shift ends, as ``ends_of`` has it; None too if the captured rounding of a softmax's logits depends on it.
 
     Law:      softmax(x + c) == softmax(x) over the reals; in floating point the logits are off by |c| eps
-    Refuses:  a huge shift in front of a softmax; any shift there, if a huge constant is added to a whole row of logits
+    Refuses:  a shift that is huge when it comes to a softmax, such as that of (1 - mask) * lowest, which is nothing where
+              the mask is one; any shift there, if a huge constant is added to a whole row of logits
     """
     ends = ends_of(reader, shift, among)
     lost = [end for end in ends or () if end.taken is None and {"dim", "attn_mask"} & arguments_of(end.reader).keys()]
-    huge = bool(lost) and shift.amount is not None and not _is_moderate(shift.amount())
+    amount = None if shift.amount is None or not lost else shift.amount()
+    huge = amount is not None and not all(_is_moderate(amount * _growth(reader, end)) for end in lost)
     return None if huge or any(_is_rounded(reader, end) for end in lost) else ends
+
+
+def _growth(reader: Reader, end: End) -> float:
+    """By how much the constants on the way to an end multiply a shift at most."""
+    growth = 1.0
+    for node in end.changed[1:]:
+        for term in node.args[: 2 if node.target in {aten.mul.Tensor, aten.div.Tensor} else 0]:
+            constant = _constant_of(reader, term)
+            if constant is not None and constant.numel():
+                size = constant.abs()
+                growth *= float(size.max() if node.target is aten.mul.Tensor else 1 / size.min())
+    return growth
 
 
 def _is_moderate(constant: Tensor) -> bool:
@@ -234,7 +248,9 @@ def _drop_term(draft: Draft, node: fx.Node) -> None:
     for term, other in ((given["self"], given["other"]), (given["other"], given["self"])):
         if not _is_bounded(draft.reader, term) or not _is_alone(draft.reader, node, other):
             continue
-        ends = _ends(draft.reader, Shift(node, axes_of(term, len(shape_of(node)))))
+        constant = _constant_of(draft.reader, term)
+        amount = None if constant is None else lambda constant=constant: constant
+        ends = _ends(draft.reader, Shift(node, axes_of(term, len(shape_of(node))), amount))
         negative = node.target is aten.sub.Tensor and other is given["other"]
         if not ends or (given["alpha"] != 1 and other is given["other"]):
             continue
