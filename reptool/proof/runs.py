@@ -50,7 +50,7 @@ def dithered_run(model: nn.Module, x: Inputs, seed: int, probability: float) -> 
     1/12 ulp^2 against the exact one itself, so copies held to the unrounded original would take 1/12. Zero and
     non-finite weights stay.
     """
-    with OrderedSums():  # type: ignore[no-untyped-call]  # torch has no types there
+    with OrderedSums():
         return _run_changed(
             model, x, lambda path, tensor: _dither(tensor, crc32(f"{seed}/{path}".encode()), probability)
         )

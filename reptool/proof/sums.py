@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,13 +23,20 @@ _LANES = 8
 """Partial sums that are kept at once: as many float32 numbers as fit into a register."""
 _STEPS = 1 << 13
 """Additions in a row at most; sums of more values keep more partial sums."""
-_SUMS = (aten.sum.dim_IntList, aten.mean.dim)
+_SUMS = (torch.sum, Tensor.sum, aten.sum.dim_IntList)
+_MEANS = (torch.mean, Tensor.mean, aten.mean.dim)
+_POOLS: dict[Any, int] = {
+    **dict.fromkeys((F.adaptive_avg_pool1d, aten.adaptive_avg_pool1d.default), 1),
+    **dict.fromkeys((F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default), 2),
+    **dict.fromkeys((F.adaptive_avg_pool3d, aten.adaptive_avg_pool3d.default), 3),
+}
+"""Poolings, with their number of axes."""
 
 
-class OrderedSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
+class OrderedSums(TorchFunctionMode):
     """Within it, sums and means over axes of a floating tensor add in order, ``_LANES`` partial sums at a time."""
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Any,
@@ -36,10 +44,27 @@ class OrderedSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Compute a call, in order if it is such a sum."""
-        if func not in _SUMS or kwargs or not args[0].is_floating_point() or not args[1]:
+        found = _axes(func, args, kwargs or {})
+        if found is None or not args[0].is_floating_point() or not args[0].numel():
             return func(*args, **(kwargs or {}))
-        total = _summed(args[0], args[1], keep=len(args) > 2 and args[2])
-        return total if func is aten.sum.dim_IntList else total / (args[0].numel() / max(total.numel(), 1))
+        axes, keep = found
+        total = _summed(args[0], axes, keep=keep)
+        return total if func in _SUMS else total / (args[0].numel() // total.numel())
+
+
+def _axes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[int], bool] | None:
+    """The axes that a call sums over, and whether they are kept; None if it is no such call."""
+    if func in _POOLS:
+        sizes = args[1] if len(args) > 1 else kwargs["output_size"]
+        whole = {sizes} if isinstance(sizes, int) else set(sizes)
+        return (list(range(-_POOLS[func], 0)), True) if whole == {1} else None
+    if func not in _SUMS and func not in _MEANS:
+        return None
+    named = dict(zip(("dim", "keepdim"), args[1:3], strict=False)) | kwargs
+    dims, keep, dtype = (named.pop(name, None) for name in ("dim", "keepdim", "dtype"))
+    if named or dtype is not None or dims is None or (not isinstance(dims, int) and not dims):
+        return None
+    return ([dims] if isinstance(dims, int) else list(dims)), bool(keep)
 
 
 def _summed(x: Tensor, dims: list[int], *, keep: bool) -> Tensor:

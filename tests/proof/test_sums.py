@@ -1,8 +1,11 @@
 """Sums in order: equal in exact arithmetic, and the noise of a runtime that adds one after the other."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reptool.proof.endtoend import inputs_for, verify_models
 from reptool.proof.sums import OrderedSums
@@ -18,6 +21,16 @@ def test_sums_in_order_are_the_sums(name: str, dims: tuple[int, ...], keep: bool
     with OrderedSums():
         got = getattr(x, name)(dims, keepdim=keep)
     torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, (1, 1), (None, 1), 3])
+def test_pooling_to_one_entry_is_a_mean(size: Any) -> None:
+    """Only a pooling to one entry adds over all of the map."""
+    x = torch.full((2, 3, 16, 16), 0.1)
+    with OrderedSums():
+        got, mean = F.adaptive_avg_pool2d(x, size), x.mean((2, 3), keepdim=True)
+    assert torch.equal(got, mean) is (size in (1, (1, 1)))
+    torch.testing.assert_close(got, F.adaptive_avg_pool2d(x, size))
 
 
 def test_few_values_are_added_too() -> None:
