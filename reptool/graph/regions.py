@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.func import functional_call
 
 from reptool.graph.constants import double
@@ -244,14 +245,10 @@ class Runner:
 def _makes_numbers(node: fx.Node) -> bool:
     """Whether a node makes floating numbers of nothing but sizes, such as ``torch.zeros``."""
     made = node.meta.get("val")
-    schema = getattr(node.target, "_schema", None)
-    takes_type = schema is not None and any(argument.name == "dtype" for argument in schema.arguments)
-    return (
-        takes_type
-        and isinstance(made, Tensor)
-        and made.is_floating_point()
-        and not any(map(is_tensor, node.all_input_nodes))
-    )
+    if not isinstance(made, Tensor) or not made.is_floating_point() or not isinstance(node.target, OpOverload):
+        return False
+    arguments = node.target._schema.arguments  # noqa: SLF001
+    return any(a.name == "dtype" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
 
 
 def as_stored(tensor: Tensor) -> Tensor:
