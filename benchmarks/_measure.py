@@ -1,6 +1,6 @@
 """Measures one network for the coverage benchmark and prints its figures as one line of JSON.
 
-python benchmarks/_measure.py NAME [--size PIXELS] [--iterations N], where 0 iterations leave out the latency.
+python benchmarks/_measure.py NAME [--size PIXELS] [--iterations N] [--threads N], where 0 iterations leave out the latency.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ LAYER_SCALE = re.compile(r"(^|[._])(gamma|layer_?scale|ls)_?\d*([._]|$)|\.gain$"
 SILENT = "the report does not say"
 
 
-def measure(name: str, size: int | None, iterations: int) -> dict[str, Any]:
+def measure(name: str, size: int | None, iterations: int, threads: int) -> dict[str, Any]:
     """All figures of one network.
 
     Units:   seconds; macs and parameters in ones; error relative, in float64; ratio fused over unfused
     """
-    torch.set_num_threads(1)  # as the latencies; a second thread that has to wait for its core distorts the seconds
+    torch.set_num_threads(threads)  # of a busy machine one: a second that waits for its core distorts the seconds
     reptool.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), (torch.randn(1, 3, 8, 8),))  # imports
     network = build(name, size)
     image = network.images(1, 1)
@@ -149,8 +149,9 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--size", type=int)
     parser.add_argument("--iterations", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    found = measure(arguments.name, arguments.size, arguments.iterations)
+    found = measure(arguments.name, arguments.size, arguments.iterations, arguments.threads)
     sys.stdout.write(f"\n{json.dumps(found)}\n")
 
 

@@ -37,7 +37,7 @@ LEGEND = (
     "layer norms called with a weight, before -> after. GMAC, M parameters: before -> after; where nothing changed, once. "
     "error: largest difference of the two forms over the largest score, in float64. latency ratio: fused over unfused in "
     "onnxruntime on one thread, with its 95 % interval. proof %: proof over capture; all "
-    "seconds on one thread."
+    "seconds on one thread, or as many as --threads says."
 )
 
 

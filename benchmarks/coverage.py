@@ -1,6 +1,6 @@
 """How much of a public architecture is fused, and whether the fused form is ever slower.
 
-    python benchmarks/coverage.py [--models resnet18 timm/levit_128] [--no-latency] [--json FILE] [--markdown FILE]
+    python benchmarks/coverage.py [--models resnet18 timm/levit_128] [--no-latency] [--threads N] [--json FILE] [--markdown FILE]
 
 Networks of timm and torchvision are built without pretrained weights, randomised and fused, each in a process of its own.
 A row says what runs in one forward pass before fusing, after it and, for timm, after timm's converter. It is marked
@@ -65,12 +65,13 @@ def marks(name: str, figures: dict[str, Any]) -> list[str]:
     return found
 
 
-def run(name: str, iterations: int, size: int | None, limit: float) -> Row:
+def run(name: str, iterations: int, size: int | None, limit: float, threads: int = 1) -> Row:
     """Measure one network in its own process.
 
     Units:   size in pixels, limit in seconds
     """
     command = [sys.executable, str(HERE / "_measure.py"), name, "--iterations", str(iterations)]
+    command += ["--threads", str(threads)]
     command += ["--size", str(size)] if size else []
     start = time.perf_counter()
     try:
@@ -94,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-latency", action="store_true", help="leave out the runs with onnxruntime")
     parser.add_argument("--iterations", type=int, default=30, help="paired runs a network; default 30")
     parser.add_argument("--image-size", type=int, help="pixels a side; default the network's own, at most 224")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads while fusing; default 1")
     parser.add_argument("--limit", type=float, default=1800, help="seconds a network may take; default 1800")
     parser.add_argument("--json", type=Path, help="write all figures here, after every network")
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -113,7 +115,7 @@ def main() -> None:
     iterations = 0 if arguments.no_latency else arguments.iterations
     rows: list[Row] = []
     for number, name in enumerate(arguments.models, 1):
-        row = run(name, iterations, arguments.image_size, arguments.limit)
+        row = run(name, iterations, arguments.image_size, arguments.limit, arguments.threads)
         rows.append(row)
         print(f"[{number}/{len(arguments.models)}] {name}: {row.seconds:.0f} s {'; '.join(row.marks)}", file=sys.stderr)
         if arguments.json:
