@@ -21,13 +21,13 @@ from reptool.graph.emit import emit
 from reptool.graph.guards import conditions_of
 from reptool.graph.hooks import state_hooks
 from reptool.graph.leftovers import leftovers, neighbours_kept_apart
-from reptool.graph.naming import module_path
+from reptool.graph.naming import called, module_path
 from reptool.graph.normalise import normalise
 from reptool.graph.outputs import Outputs, select_outputs
 from reptool.graph.probes import choices, draws
 from reptool.graph.regions import Regions, Runner, as_stored
 from reptool.graph.revise import revise
-from reptool.graph.structure import called, describe, first_difference, structure_problems
+from reptool.graph.structure import describe, first_difference, structure_problems
 from reptool.parts import fuse_parts
 from reptool.proof.region import NOT_FINITE, prove_region, stored_is_rounded
 from reptool.proof.verdict import RegionProof, Verdict

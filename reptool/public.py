@@ -16,7 +16,7 @@ from reptool.checkpoint.atomic import check_target
 from reptool.checkpoint.load import SOURCE, load, module_of
 from reptool.checkpoint.write import write_checkpoint
 from reptool.errors import InputError, ReptoolError
-from reptool.formats.placed import by_place
+from reptool.formats.placed import by_place, in_a_row
 from reptool.fusion import fuse
 from reptool.proof.endtoend import verify_models
 from reptool.proof.verdict import Verdict
@@ -91,9 +91,7 @@ def verify(
     Shapes:  the first axis of every example is the batch
     Raises:  InputError if a module is in training mode or an example is not floating; as ``load`` for a file
     """
-    names = tuple(example_kwargs or {})
-    example_inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    example_inputs += tuple((example_kwargs or {}).values())
+    names, example_inputs = tuple(example_kwargs or {}), in_a_row(example_inputs, example_kwargs)
     for index, x in enumerate(example_inputs):
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
             raise InputError(

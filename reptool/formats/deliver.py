@@ -17,7 +17,7 @@ from reptool._version import __version__
 from reptool.checkpoint.atomic import atomic_file, check_target
 from reptool.errors import ExportError, InconclusiveError, InputError, NotEquivalentError
 from reptool.formats.onnx import check_options, export_onnx
-from reptool.formats.placed import by_place
+from reptool.formats.placed import by_place, in_a_row
 from reptool.formats.record import ExportRecord, need, require_eval
 from reptool.formats.runners import onnx_runner, structured_like, torchscript_runner
 from reptool.formats.torchscript import append_extra, export_torchscript, read_extra
@@ -102,8 +102,7 @@ def export(
     InconclusiveError, and no file is there;
     ExportError, InputError, MissingPackageError and OutputError before or while writing, likewise.
     """
-    named = dict(example_kwargs or {})
-    example = (*((example,) if isinstance(example, Tensor) else example), *named.values())
+    named, example = dict(example_kwargs or {}), in_a_row(example, example_kwargs)
     names = _names(module, len(example) - len(named), named)
     _check_request(module, example, format, dynamic)
     check_options(opset, dynamic, simplify)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class ByPlace(nn.Module):
@@ -22,6 +22,11 @@ class ByPlace(nn.Module):
         """What the module returns."""
         count = len(inputs) - len(self.names)
         return self.module(*inputs[:count], **dict(zip(self.names, inputs[count:], strict=True)))
+
+
+def in_a_row(inputs: Iterable[Tensor] | Tensor, named: Mapping[str, Tensor] | None) -> tuple[Tensor, ...]:
+    """Inputs by place, a tensor alone being one, and behind them those by name."""
+    return (*((inputs,) if isinstance(inputs, Tensor) else inputs), *(named or {}).values())
 
 
 def by_place(module: nn.Module, names: Iterable[str]) -> nn.Module:

@@ -26,7 +26,7 @@ from reptool.graph.hooks import refuse_hooks
 from reptool.graph.inplace import drop_dropouts, is_functional, make_functional, uncertain, writer_to
 from reptool.graph.keeping import kept
 from reptool.graph.naming import module_path
-from reptool.graph.values import END, arguments_of
+from reptool.graph.values import arguments_of, is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -202,8 +202,7 @@ def _drop_whole_slices(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in kept and not any(user.op == "output" for user in node.users):
             given = arguments_of(node)
-            end = END if given["end"] is None else given["end"]
-            if not given["start"] and given["step"] == 1 and isinstance(end, int) and end >= END:
+            if is_whole(given):
                 node.replace_all_uses_with(given[kept[node.target]])
                 graph.erase_node(node)
 

@@ -47,7 +47,12 @@ def operation(node: fx.Node) -> str:
     """The operator of a node in a word; a rule's own node is what it stands for."""
     if OPERATOR in node.meta:
         return type(node.meta[OPERATOR]).__name__.lower()
-    return operator_name(node.target).strip("_") or str(getattr(node.target, "__name__", node.target))
+    return called(node).strip("_")
+
+
+def called(node: fx.Node) -> str:
+    """The name of the operator that a node calls."""
+    return operator_name(node.target) or str(getattr(node.target, "__name__", node.target))
 
 
 def weight_names(node: fx.Node, weights: Weights) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from reptool.affine.operators import AvgPool, Conv, ConvTranspose, Pad, Refusal
 from reptool.graph.read_channels import Reading, channels_of, identity, name_of, one
-from reptool.graph.values import END, shape_of
+from reptool.graph.values import END, is_whole, shape_of
 
 if TYPE_CHECKING:
     from reptool.graph.read import Reader
@@ -95,7 +95,7 @@ def crop(reader: Reader, node: fx.Node, v: dict[str, Any]) -> Reading:
     value, rank = v["self"], v["self"].meta["val"].dim() - 2
     axis = v["dim"] % (rank + 2) - 2 if rank > 0 else -1
     start, end = v["start"] or 0, END if v["end"] is None else v["end"]
-    if start == 0 and isinstance(end, int) and end >= END and v["step"] == 1:
+    if is_whole(v):
         return identity(reader, node, v)
     if axis < 0 or v["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
         return Refusal("it is no crop of a window axis")

@@ -12,9 +12,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from reptool.affine.operators import Refusal
-from reptool.graph.naming import module_path
+from reptool.graph.naming import called, module_path
 from reptool.graph.read import Reader
-from reptool.graph.values import operator_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,11 +47,6 @@ def describe(node: fx.Node) -> str:
     """An operator with the attributes that are no values of the graph."""
     attributes = [_plain(a) for a in node.args] + [f"{k}={_plain(v)}" for k, v in node.kwargs.items()]
     return f"{called(node)}({', '.join(a for a in attributes if a)})"
-
-
-def called(node: fx.Node) -> str:
-    """What an operator is called, without its attributes."""
-    return operator_name(node.target) or str(getattr(node.target, "__name__", node.target))
 
 
 def _plain(argument: Any) -> str:

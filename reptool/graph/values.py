@@ -57,6 +57,12 @@ def same_shape(one: fx.Node, other: fx.Node) -> bool:
     return len(first) == len(second) and all(map(same_size, first, second))
 
 
+def is_whole(given: dict[str, Any]) -> bool:
+    """Whether a slice, or a scatter into one, by its arguments, is of everything."""
+    end = END if given["end"] is None else given["end"]
+    return not given["start"] and given["step"] == 1 and isinstance(end, int) and end >= END
+
+
 def is_idle_cast(node: fx.Node) -> bool:
     """Whether a node casts a value to the dtype that it has."""
     if node.target not in CASTS or not isinstance(node.args[0], fx.Node) or "val" not in node.meta:

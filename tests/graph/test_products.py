@@ -134,9 +134,9 @@ def test_weight_of_each_example_is_no_layer():
 
 def test_planted_fault_is_caught(monkeypatch):
     """Control: axes in another order than the equation says fail the proof."""
-    real = products._permuted
+    real = products.permuted
     monkeypatch.setattr(
-        products, "_permuted", lambda d, n, v, letters, wanted: real(d, n, v, letters, [*wanted[:-2], *wanted[:-3:-1]])
+        products, "permuted", lambda d, n, v, letters, wanted: real(d, n, v, letters, [*wanted[:-2], *wanted[:-3:-1]])
     )
     with pytest.raises(NotEquivalentError, match="not equal after fusing"):
         fuse(summed("bik,bkj->bij"), (noise(2, 4, 4), noise(2, 4, 4, seed=2)))

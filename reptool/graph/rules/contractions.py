@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from reptool.graph.rules.edits import call
 from reptool.graph.rules.picks import stacked
+from reptool.graph.rules.products import letters_of, operands_of, permuted
 from reptool.graph.values import arguments_of, same_size, shape_of
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ def write_product(draft: Draft, node: fx.Node) -> None:
     When:     nothing is summed, or one axis along which the larger operand is a stack of values
     Refuses:  letters that stand twice in an operand, an ellipsis over other axes in each
     """
-    operands: Any = node.args[1]
-    letters = _letters(node) if len(operands) == 2 else None
+    letters = letters_of(node)
     if letters is None:
         return
-    (one, other, out), (left, right) = letters, operands
+    one, other, out = letters
+    left, right = operands_of(node)
     (whole, large), (part, small) = (
         ((one, left), (other, right)) if set(other) <= set(one) else ((other, right), (one, left))
     )
@@ -39,39 +40,11 @@ def write_product(draft: Draft, node: fx.Node) -> None:
     pile = stacked(large) if len(summed) == 1 else None
     if summed and (pile is None or whole.index(summed[0]) != pile[1]):
         return
-    result = call(draft, node, aten.mul.Tensor, large, _spread_over(draft, node, small, part, whole))
+    result = call(draft, node, aten.mul.Tensor, large, permuted(draft, node, small, part, whole))
     if summed:
         result = call(draft, node, aten.sum.dim_IntList, result, [whole.index(summed[0])])
         whole = [c for c in whole if c not in summed]
-    order = [whole.index(c) for c in out]
-    if order != sorted(order):
-        result = call(draft, node, aten.permute.default, result, order)
-    draft.supersede(node, result)
-
-
-def _letters(node: fx.Node) -> tuple[list[str], list[str], list[str]] | None:
-    """The letters of both operands and of the result; those that an ellipsis stands for are digits."""
-    sides, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
-    operands: Any = node.args[1]
-    terms = [*sides.split(","), result]
-    rest = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(operands, terms, strict=False) if "..." in t]
-    if not arrow or len(set(rest)) > 1 or (rest and rest[0] > 9):
-        return None
-    filled = [list(t.replace("...", "0123456789"[: rest[0]] if rest else "")) for t in terms]
-    plain = all(len(set(t)) == len(t) for t in filled)
-    return (filled[0], filled[1], filled[2]) if plain else None
-
-
-def _spread_over(draft: Draft, like: fx.Node, value: Any, letters: list[str], wanted: list[str]) -> fx.Node:
-    """A value with its axes in the wanted order, and axes of size one for those that it has not."""
-    order = [letters.index(c) for c in wanted if c in letters]
-    if order != sorted(order):
-        value = call(draft, like, aten.permute.default, value, order)
-    for axis, letter in enumerate(wanted):
-        if letter not in letters:
-            value = call(draft, like, aten.unsqueeze.default, value, axis)
-    made: fx.Node = value
-    return made
+    draft.supersede(node, permuted(draft, node, result, whole, out))
 
 
 def write_layer(draft: Draft, node: fx.Node) -> None:

@@ -7,7 +7,6 @@ same place.
 
 from __future__ import annotations
 
-import sys
 from math import prod
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import fx
 
 from reptool.graph.rules.carriers import blocks_of, symbol_of
 from reptool.graph.rules.moves import PARTINGS, holders, moved_from, varying_in
-from reptool.graph.values import SIZED, arguments_of, fixed, shape_of
+from reptool.graph.values import SIZED, arguments_of, fixed, is_whole, shape_of
 
 aten = torch.ops.aten
 _OTHER = (aten.reshape_as.default, aten.view_as.default)
@@ -118,5 +117,5 @@ def _cut_axes(node: fx.Node, value: fx.Node) -> frozenset[int]:
         return frozenset(d % rank for d in given["dims"])
     if node.target not in _CUTS:
         return frozenset()
-    whole = node.target is aten.slice.Tensor and (given["start"] or 0, given["step"]) == (0, 1)
-    return frozenset() if whole and given["end"] in {None, sys.maxsize} else frozenset({given["dim"] % rank})
+    whole = node.target is aten.slice.Tensor and is_whole(given)
+    return frozenset() if whole else frozenset({given["dim"] % rank})

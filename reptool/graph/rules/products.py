@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from reptool.graph.draft import Draft
 
 aten = torch.ops.aten
-_Letters = tuple[list[str], list[str], list[str]]
+Letters = tuple[list[str], list[str], list[str]]
 """Those of two operands and of the result."""
 
 
 def write_out_products(draft: Draft) -> None:
     """Write every Einstein sum that is a batch of matrix products as permutations and one product."""
     for node in list(draft.graph.nodes):
-        letters = _letters(node) if node.target is aten.einsum.default else None
-        if letters is None or not all(map(is_tensor, node.args[1])):
+        letters = letters_of(node) if node.target is aten.einsum.default else None
+        if letters is None or not all(letters):
             continue
         weights = [place for place, operand in enumerate(node.args[1]) if draft.reader.tensor(operand) is not None]
         if not weights:
@@ -38,12 +38,12 @@ def write_out_products(draft: Draft) -> None:
             _write_out_layer(draft, node, weights[0], letters)
 
 
-def _is_read(draft: Draft, node: fx.Node, place: int, letters: _Letters) -> bool:
+def _is_read(draft: Draft, node: fx.Node, place: int, letters: Letters) -> bool:
     """Whether a sum with a weight is read as a layer over an inner axis; over the last one it is written as a layer."""
     return letters[1 - place][-1] not in letters[place] and not isinstance(draft.reader(node), Refusal)
 
 
-def _write_out(draft: Draft, node: fx.Node, letters: _Letters) -> None:
+def _write_out(draft: Draft, node: fx.Node, letters: Letters) -> None:
     """One sum as a product.
 
     Law:      einsum("bqd,bkd->bqk", x, y) == x @ transpose(y), for any letters in any order; what only one operand has
@@ -51,7 +51,7 @@ def _write_out(draft: Draft, node: fx.Node, letters: _Letters) -> None:
     Shapes:   as the equation says
     Refuses:  letters that are repeated or summed on one side, sizes of one that are broadcast, such a batch on both sides
     """
-    left, right = _operands(node)
+    left, right = operands_of(node)
     one, two, out = letters
     rows, columns = _only(one, two), _only(two, one)
     summed = [c for c in one if c in two and c not in out]
@@ -61,20 +61,20 @@ def _write_out(draft: Draft, node: fx.Node, letters: _Letters) -> None:
         return
     row, column = max(rows, key=out.index), max(columns, key=out.index)
     batch = [c for c in out if c not in {row, column}]
-    first = _permuted(draft, node, left, one, [*batch, row, *summed])
-    second = _permuted(draft, node, right, two, [*batch, *summed, column])
+    first = permuted(draft, node, left, one, [*batch, row, *summed])
+    second = permuted(draft, node, right, two, [*batch, *summed, column])
     product = call(draft, node, aten.matmul.default, first, second)
-    draft.supersede(node, _permuted(draft, node, product, [*batch, row, column], out))
+    draft.supersede(node, permuted(draft, node, product, [*batch, row, column], out))
 
 
-def _write_out_layer(draft: Draft, node: fx.Node, place: int, letters: _Letters) -> None:
+def _write_out_layer(draft: Draft, node: fx.Node, place: int, letters: Letters) -> None:
     """One sum with a weight as a linear layer.
 
     Law:      einsum("bnc,chd->bhnd", x, w) == permute(unflatten(linear(x, v))), where v has a row for each h and d
     Shapes:   as the equation says
     Refuses:  letters of the weight that are a batch, or summed alone; sizes of the weight's letters that are not fixed
     """
-    value, weight = _operands(node)[1 - place], _operands(node)[place]
+    value, weight = operands_of(node)[1 - place], operands_of(node)[place]
     axes, own, out = letters[1 - place], letters[place], letters[2]
     summed, free, kept = [c for c in own if c in axes], _only(own, axes), _only(axes, own)
     sizes = dict(zip(own, shape_of(weight), strict=True))
@@ -82,13 +82,13 @@ def _write_out_layer(draft: Draft, node: fx.Node, place: int, letters: _Letters)
     known = same and None not in map(fixed, sizes.values())
     if not (known and summed and free and kept) or {*free, *kept} != set(out):
         return
-    matrix = _permuted(draft, node, weight, own, [*free, *summed])
+    matrix = permuted(draft, node, weight, own, [*free, *summed])
     matrix = _merged(draft, node, _merged(draft, node, matrix, len(free), len(summed)), 0, len(free))
-    rows = _permuted(draft, node, value, axes, [*kept, *summed])
+    rows = permuted(draft, node, value, axes, [*kept, *summed])
     made = call(draft, node, aten.linear.default, _merged(draft, node, rows, len(kept), len(summed)), matrix)
     if len(free) > 1:
         made = call(draft, node, aten.unflatten.int, made, len(kept), [sizes[c] for c in free])
-    draft.supersede(node, _permuted(draft, node, made, [*kept, *free], out))
+    draft.supersede(node, permuted(draft, node, made, [*kept, *free], out))
 
 
 def _merged(draft: Draft, like: fx.Node, value: fx.Node, axis: int, count: int) -> fx.Node:
@@ -96,7 +96,7 @@ def _merged(draft: Draft, like: fx.Node, value: fx.Node, axis: int, count: int) 
     return value if count == 1 else call(draft, like, aten.flatten.using_ints, value, axis, axis + count - 1)
 
 
-def _letters(node: fx.Node) -> _Letters | None:
+def letters_of(node: fx.Node) -> Letters | None:
     """The letters of two operands and of the result, where each stands once; an ellipsis as the letters it stands for."""
     if len(node.args[1]) != 2 or not all(map(is_tensor, node.args[1])):  # type: ignore[arg-type]
         return None
@@ -105,16 +105,17 @@ def _letters(node: fx.Node) -> _Letters | None:
         single = (c for c in sorted(set(sides) - set(",.")) if sides.count(c) == 1)
         result = ("..." if "..." in sides else "") + "".join(single)
     one, _, two = sides.partition(",")
-    ranks = [len(shape_of(operand)) for operand in _operands(node)]
+    ranks = [len(shape_of(operand)) for operand in operands_of(node)]
     parts = _without_ellipsis([one, two, result], ranks)
-    plain = parts is not None and all(part.isalpha() and len(set(part)) == len(part) for part in parts)
+    plain = parts is not None and all(len(set(part)) == len(part) for part in parts)
     if parts is None or not plain or not set(parts[2]) <= set(parts[0]) | set(parts[1]):
         return None
     return list(parts[0]), list(parts[1]), list(parts[2])
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
-    return list(node.args[1])  # type: ignore[arg-type]  # two tensors, see _letters
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The two values that a sum with ``letters_of`` is over."""
+    return list(node.args[1])  # type: ignore[arg-type]  # two tensors, see letters_of
 
 
 def _without_ellipsis(parts: list[str], ranks: list[int]) -> list[str] | None:
@@ -122,7 +123,7 @@ def _without_ellipsis(parts: list[str], ranks: list[int]) -> list[str] | None:
     if not any("..." in part for part in parts):
         return parts
     missing = {rank - len(part) + 3 for part, rank in zip(parts, ranks, strict=False) if "..." in part}
-    if len(missing) != 1 or "..." not in parts[2]:
+    if len(missing) != 1:
         return None
     count = missing.pop()
     unused = [c for c in ascii_letters if not any(c in part for part in parts)]
@@ -133,7 +134,7 @@ def _only(these: list[str], others: list[str]) -> list[str]:
     return [c for c in these if c not in others]
 
 
-def _permuted(draft: Draft, like: fx.Node, value: fx.Node, letters: list[str], wanted: list[str]) -> fx.Node:
+def permuted(draft: Draft, like: fx.Node, value: fx.Node, letters: list[str], wanted: list[str]) -> fx.Node:
     """A value with its axes in another order, a transposition as one, and with an axis of one entry for a letter it lacks."""
     order = [letters.index(c) for c in wanted if c in letters]
     moved = [axis for axis, source in enumerate(order) if axis != source]
